@@ -1,0 +1,30 @@
+"""The command line: parse, call one function, turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+from cryodrgn_pipeline.cli import data, model, results, workflow  # noqa: F401  (they add their verbs)
+from cryodrgn_pipeline.cli._app import app
+from cryodrgn_pipeline.errors import CryodrgnPipelineError
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 1 our failure, 2 usage, 3 bad input."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug and arguments[0] != "--debug":  # welcome after the verb as well
+        arguments.remove("--debug")
+        arguments.insert(0, "--debug")
+    try:
+        app(args=arguments, prog_name="cryodrgn-pipeline")
+    except CryodrgnPipelineError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a file without permission: the system's words name the file
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

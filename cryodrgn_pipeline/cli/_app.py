@@ -1,0 +1,46 @@
+"""The one Typer application; importing it costs no science library."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cryodrgn_pipeline import __version__
+
+app = typer.Typer(
+    name="cryodrgn-pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a consensus refinement in RELION or cryoSPARC to the motions and states hidden in it.",
+)
+
+DATA, MODEL, RESULTS, WORKFLOW = "The data", "The model", "The results", "The workflow"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cryodrgn-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log more.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Log warnings and errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    level = logging.WARNING if quiet else logging.DEBUG if verbose or debug else logging.INFO
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("cryodrgn_pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

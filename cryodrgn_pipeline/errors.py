@@ -1,0 +1,33 @@
+"""What can go wrong, as types: the command line turns each into one line and an exit code."""
+
+
+class CryodrgnPipelineError(Exception):
+    """Base of all errors this package raises on purpose; the exit code is the class's own."""
+
+    exit_code = 1
+
+
+class ConfigError(CryodrgnPipelineError):
+    """An option or a line of config.yaml cannot be used as given."""
+
+    exit_code = 2
+
+
+class InputFormatError(CryodrgnPipelineError):
+    """A user's file lacks something, contradicts itself or is damaged."""
+
+    exit_code = 3
+
+
+class ConventionError(CryodrgnPipelineError):
+    """The data disagree with the angle, shift, contrast or scale conventions in force."""
+
+    exit_code = 3
+
+
+class TrainingError(CryodrgnPipelineError):
+    """Training cannot go on: the loss is not a number, or a checkpoint does not fit."""
+
+
+class ExternalJobError(CryodrgnPipelineError):
+    """A host program's job could not be read, filled or closed."""

@@ -1,0 +1,1 @@
+"""Tensor to tensor: transforms, CTF, slices, shifts, cropping, shell statistics. No files, no config."""

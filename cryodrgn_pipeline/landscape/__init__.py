@@ -1,0 +1,1 @@
+"""Latents in; coordinates, clusters, paths, flags and subsets out."""

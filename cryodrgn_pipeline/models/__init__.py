@@ -1,0 +1,1 @@
+"""Encoder, decoders and the variational autoencoder: torch modules only."""

@@ -1,0 +1,1 @@
+"""Tables and maps in; one HTML page, pictures and ChimeraX scripts out."""
