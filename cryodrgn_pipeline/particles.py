@@ -16,6 +16,9 @@ from cryodrgn_pipeline.errors import InputFormatError
 
 Part = TypeVar("Part", "Optics", "Ctf", "Poses")
 
+UNKNOWN_BOX = 0
+"""`Optics.box_size_px` where neither the table nor an image file tells it; null in particles.parquet."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRef:
@@ -91,11 +94,22 @@ class ParticleSet:
 
     def __post_init__(self) -> None:
         n = len(self.particle_id)
-        for part in (self.images.index, self.optics.pixel_size_a, self.ctf.defocus_u_a, self.contrast_sign):
-            if len(part) != n:
-                raise ValueError(f"columns of {len(part)} rows beside {n} particle ids")
+        columns = {
+            "stack": self.images.stack,
+            "index": self.images.index,
+            "contrast_sign": self.contrast_sign,
+        }
+        optional = {"half_set": self.half_set, "micrograph": self.micrograph, "class": self.class_number}
+        columns |= {name: column for name, column in optional.items() if column is not None}
+        for part in (self.optics, self.ctf):
+            columns |= {field.name: getattr(part, field.name) for field in fields(part)}
+        for name, column in columns.items():
+            if column.shape != (n,):
+                raise ValueError(f"{name} of shape {column.shape} beside {n} particle ids")
         if self.poses is not None and self.poses.rotation.shape != (n, 3, 3):
             raise ValueError(f"rotations of shape {self.poses.rotation.shape} for {n} particles")
+        if self.poses is not None and self.poses.shift_a.shape != (n, 2):
+            raise ValueError(f"shifts of shape {self.poses.shift_a.shape} for {n} particles")
 
     def require_poses(self, verb: str) -> Poses:
         """The poses, or an `InputFormatError` that says what `verb` needs and how to get it."""

@@ -1,0 +1,207 @@
+"""particles.parquet: the particle set on disk, one row per particle, the unit in every column's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.atomic import replacing
+from cryodrgn_pipeline.particles import UNKNOWN_BOX, Ctf, ImageRef, Optics, ParticleSet, Poses
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OPTICS_COLUMNS = (
+    "optics_group",
+    "pixel_size_a",
+    "box_size_px",
+    "voltage_kv",
+    "cs_mm",
+    "amplitude_contrast",
+)
+CTF_COLUMNS = ("phase_shift_deg", "defocus_u_a", "defocus_v_a", "defocus_angle_deg")
+ROTATION_COLUMNS = tuple(f"rotation_{row}{column}" for row in range(3) for column in range(3))
+SHIFT_COLUMNS = ("shift_x_a", "shift_y_a")
+POSE_COLUMNS = ROTATION_COLUMNS + SHIFT_COLUMNS
+REQUIRED_COLUMNS = (
+    "particle_id",
+    "image_path",
+    "image_index",
+    *OPTICS_COLUMNS,
+    *CTF_COLUMNS,
+    *POSE_COLUMNS,
+    "contrast_sign",
+)
+OPTIONAL_COLUMNS = ("half_set", "micrograph", "class")
+INTEGER_COLUMNS = ("optics_group", "box_size_px")
+
+
+def write_particles(
+    particles: ParticleSet, path: Path, extra_columns: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Write a particle set as Parquet, atomically.
+
+    Parameters
+    ----------
+    particles
+        The set, in canonical form.
+    path
+        The file to make or replace.
+    extra_columns
+        Further columns by name, each `(N,)`; readers fetch them with `read_extra`.
+    """
+    import pyarrow.parquet as pq
+
+    table = to_table(particles)
+    for name, values in (extra_columns or {}).items():
+        if len(values) != len(particles):
+            raise ValueError(f"extra column {name} has {len(values)} rows for {len(particles)} particles")
+        table = table.append_column(name, _array(values))
+    with replacing(Path(path)) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_particles(path: Path) -> ParticleSet:
+    """Read a particle set that `write_particles` wrote.
+
+    Parameters
+    ----------
+    path
+        A particles.parquet, or a folder that holds one.
+
+    Raises
+    ------
+    InputFormatError
+        If the file is missing, is no Parquet, lacks a column or holds nulls where none may be.
+    """
+    path = _file(path)
+    table = _read(path, None)
+    missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
+    if missing:
+        raise InputFormatError(
+            f"{path}: {len(missing)} of the columns of a particle table are missing: {', '.join(missing)}. "
+            "Make the table with `cryodrgn-pipeline import`."
+        )
+    return _from_table(table, path)
+
+
+def read_extra(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Read columns by name, each `(N,)`, from a particle table (or any other Parquet table).
+
+    Raises
+    ------
+    InputFormatError
+        If the file is missing or lacks one of the columns.
+    """
+    path = _file(path)
+    table = _read(path, list(names))
+    return {name: _numpy(table[name]) for name in names}
+
+
+def to_table(particles: ParticleSet) -> pa.Table:
+    """The particle set as an Arrow table with exactly the columns of particles.parquet."""
+    import pyarrow as pa
+
+    n = len(particles)
+    images, optics, ctf = particles.images, particles.optics, particles.ctf
+    paths = pa.DictionaryArray.from_arrays(
+        pa.array(images.stack.astype(np.int32)), pa.array(list(images.stack_paths), type=pa.string())
+    )
+    box = optics.box_size_px.astype(np.int64)
+    columns: dict[str, pa.Array] = {
+        "particle_id": _array(particles.particle_id),
+        "image_path": paths.cast(pa.string()),
+        "image_index": pa.array(images.index.astype(np.int64)),
+    }
+    columns |= {name: _array(getattr(optics, name)) for name in OPTICS_COLUMNS}
+    columns["box_size_px"] = pa.array(box, mask=box == UNKNOWN_BOX)
+    columns |= {name: _array(getattr(ctf, name)) for name in CTF_COLUMNS}
+    if particles.poses is None:
+        columns |= {name: pa.nulls(n, pa.float64()) for name in POSE_COLUMNS}
+    else:
+        entries = particles.poses.rotation.reshape(n, 9)
+        columns |= {name: _array(entries[:, i]) for i, name in enumerate(ROTATION_COLUMNS)}
+        columns |= {name: _array(particles.poses.shift_a[:, i]) for i, name in enumerate(SHIFT_COLUMNS)}
+    columns["contrast_sign"] = _array(particles.contrast_sign)
+    optional = (particles.half_set, particles.micrograph, particles.class_number)
+    for name, values in zip(OPTIONAL_COLUMNS, optional, strict=True):
+        if values is not None:
+            columns[name] = _array(values)
+    return pa.table(columns)
+
+
+def _from_table(table: pa.Table, path: Path) -> ParticleSet:
+    def numbers(name: str) -> NDArray[Any]:
+        column = table[name]
+        if column.null_count:
+            raise InputFormatError(
+                f"{path}: column {name} has no value in {column.null_count} of {len(table)} rows; "
+                "import the particles again"
+            )
+        return _numpy(column)
+
+    encoded = table["image_path"].combine_chunks().dictionary_encode()
+    nulls = {name: table[name].null_count for name in POSE_COLUMNS}
+    return ParticleSet(
+        particle_id=numbers("particle_id"),
+        images=ImageRef(
+            stack_paths=tuple(encoded.dictionary.to_pylist()),
+            stack=encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64),
+            index=numbers("image_index").astype(np.int64),
+        ),
+        optics=Optics(
+            box_size_px=_numpy(table["box_size_px"].fill_null(UNKNOWN_BOX)).astype(np.int64),
+            **{name: numbers(name) for name in OPTICS_COLUMNS if name != "box_size_px"},
+        ),
+        ctf=Ctf(**{name: numbers(name) for name in CTF_COLUMNS}),
+        poses=None
+        if len(table) > 0 and all(count == len(table) for count in nulls.values())
+        else Poses(
+            rotation=np.stack([numbers(name) for name in ROTATION_COLUMNS], axis=1).reshape(-1, 3, 3),
+            shift_a=np.stack([numbers(name) for name in SHIFT_COLUMNS], axis=1),
+        ),
+        contrast_sign=numbers("contrast_sign"),
+        half_set=numbers("half_set") if "half_set" in table.column_names else None,
+        micrograph=numbers("micrograph") if "micrograph" in table.column_names else None,
+        class_number=numbers("class") if "class" in table.column_names else None,
+    )
+
+
+def _file(path: Path) -> Path:
+    path = Path(path)
+    path = path / "particles.parquet" if path.is_dir() else path
+    if not path.is_file():
+        raise InputFormatError(f"{path}: no such particle table; make it with `cryodrgn-pipeline import`")
+    return path
+
+
+def _read(path: Path, names: list[str] | None) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        present = pq.read_schema(path).names
+        missing = [name for name in names or () if name not in present]
+        if missing:
+            raise InputFormatError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present)}")
+        return pq.read_table(path, columns=names)
+    except pa.ArrowInvalid as error:
+        raise InputFormatError(f"{path}: not a readable Parquet table ({error})") from error
+
+
+def _array(values: NDArray[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    if values.dtype.kind in "OUT":
+        return pa.array(values.astype(object), type=pa.string())
+    return pa.array(np.ascontiguousarray(values))
+
+
+def _numpy(column: pa.ChunkedArray) -> NDArray[Any]:
+    values: NDArray[Any] = column.to_numpy()
+    return values if values.flags.writeable else values.copy()  # torch warns about read-only arrays
