@@ -1,0 +1,222 @@
+"""One pydantic model per section of config.yaml: every key, its default, its unit and its meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+OVERRIDES = "x-overrides"  # marks a section that lists only what differs from the one of the same name
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+PathText = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of config.yaml; keys that it does not know are refused, texts are no numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+def _overriding(section: Section) -> Any:
+    name = type(section).__name__.lower()
+    text = f"what differs here from the section {name} below"
+    return Field(section, description=text, json_schema_extra={OVERRIDES: True})
+
+
+class Conventions(Section):
+    """Remedies for a source whose poses deviate from its format; the convention check names them."""
+
+    transpose_rotations: bool = Field(False, description="the angles describe the inverse rotation")
+    negate_shifts: bool = Field(False, description="the shifts have the other sign")
+    shift_scale: Positive = Field(1.0, description="factor on the shifts, for another pixel size")
+    mirror_hand: bool = Field(False, description="the poses belong to the mirror image")
+
+
+class Preprocess(Section):
+    """Particle images to one stack: recentred, sign-corrected, Fourier-cropped, windowed."""
+
+    box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] = Field(
+        128, description="even box to Fourier-crop to; 128 for a first look, 256 for detail"
+    )
+    window_inner: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.85, description="the window is 1 inside this fraction of the half box"
+    )
+    window_outer: Annotated[float, Field(gt=0, le=2)] = Field(
+        0.99, description="... and 0 beyond this one; smaller values mask neighbours and micelles"
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="float16 halves the stack on disk")
+
+
+class Consensus(Section):
+    """Half-map backprojection with the given poses, its FSC, and the convention check."""
+
+    check: Literal["stop", "warn", "off", False] = Field(  # YAML reads a bare `off` as false
+        "stop", description="what a contradicted convention does: stop, warn or off"
+    )
+
+
+class Train(Section):
+    """The variational autoencoder and its training."""
+
+    method: Literal["vae"] = Field("vae", description="the model")
+    latent_dim: Count = Field(8, description="dimensions of z")
+    epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
+    batch_size: Count = Field(16, description="images per step")
+    learning_rate: Positive = Field(1e-4, description="of Adam; YAML wants the point in 1.0e-4")
+    beta: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto", description="weight of the prior on z; auto = 1 / latent_dim"
+    )
+    encoder_layers: Count = Field(3, description="hidden layers of the encoder")
+    encoder_width: Count = Field(256, description="their width; 1024 for large boxes on a GPU")
+    encoder_type: Literal["resid", "mlp"] = Field("resid", description="resid or mlp")
+    decoder_layers: Count = Field(3, description="hidden layers of the decoder")
+    decoder_width: Count = Field(256, description="their width; 1024 for large boxes on a GPU")
+    positional_encoding: Literal["gaussian", "geometric"] = Field(
+        "gaussian", description="gaussian or geometric"
+    )
+    domain: Literal["fourier", "hartley"] = Field("fourier", description="what the decoder draws")
+    mask_radius: Fraction = Field(1.0, description="disc of frequencies, as a fraction of Nyquist")
+    coordinate_fraction: Fraction = Field(
+        1.0, description="random part of the frequencies used per step; below 1 is faster"
+    )
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="particles kept from training, to watch for overfitting"
+    )
+    checkpoint_every_epochs: Count = Field(5, description="save every so many epochs")
+    checkpoint_every_minutes: Positive = Field(15.0, description="... and every so many minutes")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="same seed, same run")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
+    in_memory: bool = Field(False, description="keep the whole stack in memory; false reads it lazily")
+    amp: bool = Field(True, description="mixed precision on a GPU")
+
+
+class Volumes(Section):
+    """Which volumes are decoded from a trained model, and how."""
+
+    source: Literal["decoder"] = Field("decoder", description="where the volumes come from")
+    centers: bool = Field(True, description="one volume per cluster centre of the analysis")
+    principal_components: Annotated[int, Field(ge=0)] = Field(
+        2, description="a series along each of the first so many; up to analyze's"
+    )
+    direct_path: bool = Field(False, description="a series along the direct path between clusters")
+    box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
+        None, description="decode at this smaller even box; null = the stack's"
+    )
+    low_pass_a: Positive | None = Field(None, description="low-pass filter, resolution in Å; null = none")
+    flip_hand: bool = Field(False, description="mirror the volumes")
+    crop_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
+        None, description="cut to this even box; null = keep"
+    )
+
+
+class Analyze(Section):
+    """PCA, clusters, UMAP, traversals and outliers of the latent table."""
+
+    clusters: Count = Field(20, description="k-means clusters; their centres are snapped to particles")
+    principal_components: Annotated[int, Field(ge=0)] = Field(
+        2, description="latent traversals written, one per component"
+    )
+    umap: bool = Field(True, description="compute a UMAP; minutes for a million particles")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of k-means and UMAP")
+
+
+class StepResources(Section):
+    """What one job of a step asks for; memory and time double with each retry."""
+
+    threads: Count = Field(1, description="cores; fewer when --cores allows fewer")
+    mem_mb: Count = Field(8000, description="memory in MB")
+    runtime_min: Count = Field(60, description="wall time in minutes")
+
+
+class GpuResources(StepResources):
+    """... with GPUs, which the profiles local-gpu and slurm hand out."""
+
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs")
+
+
+class Resources(Section):
+    """Threads, memory in MB, minutes and GPUs per step, for clusters; cores are capped by --cores."""
+
+    import_: StepResources = Field(StepResources(), alias="import")
+    preprocess: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
+    consensus: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
+    subset: StepResources = StepResources(mem_mb=4000, runtime_min=20)
+    train: GpuResources = GpuResources(threads=8, mem_mb=32000, runtime_min=1440)
+    analyze: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=120)
+    volumes: GpuResources = GpuResources(threads=4, mem_mb=16000, runtime_min=120)
+    report: StepResources = StepResources(mem_mb=8000, runtime_min=60)
+
+
+class Subset(Section):
+    """Some of a dataset's particles: listed in a file, or chosen from what an earlier run found."""
+
+    ids: PathText | None = Field(None, description="file with one particle id per line")
+    from_run: Name | None = Field(None, description="choose by the analysis of this run instead")
+    from_subset: Name = Field("all", description="... of this subset")
+    clusters: list[int] = Field([], description="particles of these clusters")
+    ranges: list[str] = Field([], description="particles in these ranges, such as z_0:-1:2")
+    where: str | None = Field(None, description="particles for which this holds, such as 'z_0 > 1'")
+    without_junk: bool = Field(False, description="leave out particles flagged as junk")
+    invert: bool = Field(False, description="take all the others")
+
+
+class Run(Section):
+    """One training with all that follows; what it does not say is taken from the sections below."""
+
+    subsets: Annotated[list[Name], Field(min_length=1)] = Field(["all"], description="train on each of these")
+    box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
+        None, description="a box of its own; null = preprocess.box_size_px"
+    )
+    train: Train = _overriding(Train())
+    analyze: Analyze = _overriding(Analyze())
+    volumes: Volumes = _overriding(Volumes())
+
+
+class Dataset(Section):
+    """One consensus refinement and what is to be done with it."""
+
+    particles: PathText = Field(description="RELION .star or cryoSPARC .cs file of the refinement")
+    passthrough: list[PathText] = Field([], description="cryoSPARC passthrough .cs files of the same job")
+    datadir: PathText | None = Field(None, description="folder that the image paths are relative to")
+    class_: Annotated[int, Field(ge=0)] | None = Field(
+        None, alias="class", description="class to take from an ab initio or heterogeneous refinement"
+    )
+    set_: dict[str, float | str] = Field(
+        {}, alias="set", description="columns to overwrite, such as voltage_kv: 300"
+    )
+    conventions: Conventions = Field(Conventions(), description="remedies named by the convention check")
+    reference: PathText | None = Field(
+        None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
+    )
+    preprocess: Preprocess = _overriding(Preprocess())
+    consensus: Consensus = _overriding(Consensus())
+    subsets: dict[Name, Subset] = Field({}, description="named particle subsets; 'all' is always there")
+    runs: Annotated[dict[Name, Run], Field(min_length=1)] = Field(
+        {"vae": Run()}, description="named trainings"
+    )
+
+
+class Pathvars(Section):
+    """Folders for what the workflow writes, relative to the working directory."""
+
+    results: PathText = Field("results", description="results")
+    logs: PathText = Field("logs", description="one log per job")
+    benchmarks: PathText = Field("benchmarks", description="time and memory per job")
+
+
+class Config(Section):
+    """The whole of config.yaml."""
+
+    datasets: dict[Name, Dataset] = Field({}, description="the refinements to work on, each with a name")
+    preprocess: Preprocess = Preprocess()
+    consensus: Consensus = Consensus()
+    train: Train = Train()
+    analyze: Analyze = Analyze()
+    volumes: Volumes = Volumes()
+    resources: Resources = Resources()
+    pathvars: Pathvars = Pathvars()
