@@ -1,3 +1,98 @@
 """The verbs of this part of the command line: import, preprocess, phase-flip, consensus, export, simulate."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cryodrgn_pipeline.cli._app import DATA, app
+
+
+@app.command("simulate", rich_help_panel=DATA)
+def simulate_verb(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; replaced when whole.")],
+    box_size: Annotated[int, typer.Option(help="Box in pixels, even.")] = 32,
+    particles: Annotated[int, typer.Option(help="How many particles.")] = 2000,
+    pixel_size: Annotated[float, typer.Option(help="Pixel size in Å.")] = 6.0,
+    snr: Annotated[
+        float, typer.Option(help="Variance of the signal over that of the noise, per pixel.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Same seed and options, same bytes.")] = 0,
+    motion: Annotated[str, typer.Option(help="What the arm does: hinge, twist, slide or none.")] = "hinge",
+    motion_range: Annotated[float, typer.Option(help="Whole range: degrees, or Å for slide.")] = 90.0,
+    occupancy: Annotated[float, typer.Option(help="Share of particles that have the subunit.")] = 0.6,
+    orientations: Annotated[str, typer.Option(help="uniform or preferred.")] = "uniform",
+    shift_percent: Annotated[float, typer.Option(help="Largest shift, in percent of the box.")] = 6.0,
+    defocus_min: Annotated[float, typer.Option(help="Smallest defocus in µm.")] = 0.6,
+    defocus_max: Annotated[float, typer.Option(help="Largest defocus in µm.")] = 3.0,
+    astigmatism: Annotated[float, typer.Option(help="Spread of the astigmatism in Å.")] = 400.0,
+    phase_shift: Annotated[float, typer.Option(help="Phase plate, degrees.")] = 0.0,
+    b_factor: Annotated[float, typer.Option(help="Envelope of the images in Å².")] = 100.0,
+    noise_colour: Annotated[
+        float, typer.Option(help="Excess of noise power at low frequency; 0 is white, 3 is strong.")
+    ] = 0.0,
+    contrast_spread: Annotated[float, typer.Option(help="Spread of the contrast among particles.")] = 0.0,
+    junk: Annotated[float, typer.Option(help="Share of particles that are debris.")] = 0.0,
+    pose_error: Annotated[float, typer.Option(help="Error of the written rotations, degrees.")] = 0.0,
+    shift_error: Annotated[float, typer.Option(help="Error of the written shifts, Å.")] = 0.0,
+    optics_groups: Annotated[int, typer.Option(help="Number of optics groups.")] = 2,
+    pixel_size_spread: Annotated[
+        float, typer.Option(help="The last group's pixel is larger by this fraction, the others between.")
+    ] = 0.0,
+    particle_diameter: Annotated[
+        float | None, typer.Option(help="In Å; 0.62 of the box if not given.")
+    ] = None,
+    structure_seed: Annotated[int, typer.Option(help="Places the atoms within the domains.")] = 0,
+    stacks: Annotated[int, typer.Option(help="Number of image stacks.")] = 2,
+    states: Annotated[int, typer.Option(help="Truth volumes along the motion.")] = 21,
+    dark_on_light: Annotated[
+        bool, typer.Option("--dark-on-light", help="Write dark particles (.cs blob/sign = -1).")
+    ] = False,
+) -> None:
+    """Make a particle set with known answers, as RELION and as cryoSPARC would hand it over.
+
+    A molecule whose arm moves continuously and whose subunit is there or not, seen from all sides through a
+    CTF and noise. Writes particles.star, particles.cs, stacks/, consensus.mrc and truth/.
+
+    Example: cryodrgn-pipeline simulate --particles 4000 --snr 0.2 -o simulated
+    """
+    from cryodrgn_pipeline.errors import ConfigError
+    from cryodrgn_pipeline.simulate import Settings, simulate
+
+    try:
+        settings = Settings(
+            box_size=box_size,
+            particles=particles,
+            pixel_size_a=pixel_size,
+            particle_diameter_a=particle_diameter,
+            snr=snr,
+            seed=seed,
+            structure_seed=structure_seed,
+            motion=motion,
+            motion_range=motion_range,
+            occupancy=occupancy,
+            orientations=orientations,
+            shift_percent=shift_percent,
+            defocus_min_um=defocus_min,
+            defocus_max_um=defocus_max,
+            astigmatism_a=astigmatism,
+            phase_shift_deg=phase_shift,
+            b_factor_a2=b_factor,
+            noise_colour=noise_colour,
+            contrast_spread=contrast_spread,
+            junk=junk,
+            pose_error_deg=pose_error,
+            shift_error_a=shift_error,
+            optics_groups=optics_groups,
+            pixel_size_spread=pixel_size_spread,
+            stacks=stacks,
+            states=states,
+            dark_on_light=dark_on_light,
+        )
+    except ValueError as error:
+        raise ConfigError(f"simulate: {error}") from error
+    simulate(settings, output)
+    typer.echo(output / "particles.star")
+    typer.echo(output / "particles.cs")
