@@ -114,8 +114,8 @@ def _check_length(path: Path, header: MrcHeader, size: int) -> None:
     if size < needed:
         whole = max(0, size - header.data_offset) // header.image_bytes
         raise InputFormatError(
-            f"{path}: truncated: its header announces {header.n_images} images of {header.ny} x {header.nx} px "
-            f"({header.dtype.name}), {needed} bytes, the file has {size} bytes ({whole} whole images): "
+            f"{path} is truncated: its header says {header.n_images} images of {header.ny} x {header.nx} "
+            f"px ({header.dtype.name}), {needed} bytes, the file has {size} bytes ({whole} whole images): "
             "copy or extract it again"
         )
     if size > needed:
