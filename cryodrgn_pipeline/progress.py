@@ -60,7 +60,16 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Advance]:
             last = now
             rate = done / (now - started)
             left = duration((total - done) / rate) if rate else "?"
-            log.info("%s: %d of %d %s, %.0f %s/s, %s left%s", what, done, total, unit, rate, unit, left,
-                     f", {note}" if note else "")
+            log.info(
+                "%s: %d of %d %s, %.0f %s/s, %s left%s",
+                what,
+                done,
+                total,
+                unit,
+                rate,
+                unit,
+                left,
+                f", {note}" if note else "",
+            )
 
     yield advance_log

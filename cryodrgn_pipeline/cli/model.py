@@ -1,3 +1,128 @@
-"""The verbs of this part of the command line: train, volumes."""
+"""The verbs that make and use a model: train, volumes."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cryodrgn_pipeline.cli._app import MODEL, app
+from cryodrgn_pipeline.errors import ConfigError
+
+
+@app.command("train", rich_help_panel=MODEL)
+def train(
+    stack: Annotated[Path, typer.Argument(help="Stack folder that preprocess wrote.")],
+    run: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")],
+    method: Annotated[str, typer.Option(help="Model: vae.")] = "vae",
+    latent_dim: Annotated[int, typer.Option(min=1, help="Size of z.")] = 8,
+    subset: Annotated[
+        Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the particles.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Images per update.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
+    beta: Annotated[str, typer.Option(help="Weight of the KL divergence; auto is 1/latent-dim.")] = "auto",
+    encoder_layers: Annotated[int, typer.Option(min=1)] = 3,
+    encoder_width: Annotated[int, typer.Option(min=1)] = 1024,
+    encoder_type: Annotated[str, typer.Option(help="resid or mlp.")] = "resid",
+    decoder_layers: Annotated[int, typer.Option(min=1)] = 3,
+    decoder_width: Annotated[int, typer.Option(min=1)] = 1024,
+    decoder_type: Annotated[str, typer.Option(help="resid or mlp.")] = "resid",
+    positional_encoding: Annotated[str, typer.Option(help="gaussian or geometric.")] = "gaussian",
+    domain: Annotated[
+        str, typer.Option(help="What the decoder gives: fourier (re, im) or hartley.")
+    ] = "fourier",
+    mask_radius: Annotated[
+        float, typer.Option(help="Disc of frequencies that encoder and loss see, as a fraction of Nyquist.")
+    ] = 1.0,
+    coordinate_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Share of the frequencies, drawn anew for each update, on which the loss is taken."
+        ),
+    ] = 1.0,
+    held_out_fraction: Annotated[
+        float, typer.Option(help="Share of the particles that only measure.")
+    ] = 0.05,
+    checkpoint_every_epochs: Annotated[int, typer.Option()] = 5,
+    checkpoint_every_minutes: Annotated[float, typer.Option()] = 15.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    lazy: Annotated[
+        bool | None,
+        typer.Option(
+            "--lazy/--in-memory", help="Read images as needed, or hold them; default: by free memory."
+        ),
+    ] = None,
+    amp: Annotated[
+        bool | None, typer.Option("--amp/--no-amp", help="Mixed precision; default: on a GPU only.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's checkpoints where they fit.")
+    ] = False,
+) -> None:
+    """Learn a latent coordinate per particle and a decoder of volumes from it.
+
+    Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
+    checkpoint and ends; the same command with --resume goes on, to the same result.
+
+    Example: cryodrgn-pipeline train stack_128 -o runs/first --epochs 25 --coordinate-fraction 0.25
+    """
+    if method != "vae":
+        raise ConfigError(f"--method {method}: expected vae")
+    if beta != "auto":
+        try:
+            float(beta)
+        except ValueError:
+            raise ConfigError(f"--beta {beta}: expected auto or a number") from None
+    from cryodrgn_pipeline.models.vae import VaeConfig
+    from cryodrgn_pipeline.stack import Stack
+    from cryodrgn_pipeline.training.loop import Interrupted
+    from cryodrgn_pipeline.training.run import TrainingRequest, train_vae
+    from cryodrgn_pipeline.training.settings import TrainingSettings
+
+    settings = TrainingSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        beta=None if beta == "auto" else float(beta),
+        coordinate_fraction=coordinate_fraction,
+        held_out_fraction=held_out_fraction,
+        checkpoint_every_epochs=checkpoint_every_epochs,
+        checkpoint_every_minutes=checkpoint_every_minutes,
+        seed=seed,
+        device=device,
+        in_memory=None if lazy is None else not lazy,
+        amp=amp,
+        threads=threads,
+    )
+    try:
+        model = VaeConfig(
+            box_size_px=Stack.open(stack).box_size_px,
+            latent_dim=latent_dim,
+            encoder_width=encoder_width,
+            encoder_layers=encoder_layers,
+            encoder_type=encoder_type,
+            decoder_width=decoder_width,
+            decoder_layers=decoder_layers,
+            decoder_type=decoder_type,
+            positional_encoding=positional_encoding,
+            domain=domain,
+            mask_radius=mask_radius,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        train_vae(
+            TrainingRequest(
+                stack=stack, run=run, subset=subset, model=model, settings=settings, resume=resume
+            )
+        )
+    except Interrupted as stopped:
+        typer.echo(f"stopped and saved; go on with the same command and --resume ({stopped})", err=True)
+        raise typer.Exit(128 + stopped.signal_number) from None
+    typer.echo(run / "latent.parquet")

@@ -1,0 +1,84 @@
+"""Weights in safetensors with the architecture beside them; resume state without pickled objects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.atomic import replacing
+from cryodrgn_pipeline.models.vae import Vae, VaeConfig
+
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """A model with what its numbers mean: `scale` is the σ by which coefficients were divided."""
+
+    vae: Vae
+    scale: float
+    pixel_size_a: float
+
+    @property
+    def box_size_px(self) -> int:
+        """Box of the images the model was trained on."""
+        return self.vae.config.box_size_px
+
+
+def save_model(path: Path, model: TrainedModel) -> None:
+    """Write weights and, as JSON metadata, the architecture, normalisation and pixel size, atomically."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.vae.state_dict().items()}
+    meta = {
+        "format": "cryodrgn_pipeline.vae.1",
+        "config": json.dumps(model.vae.config.as_dict()),
+        "scale": repr(model.scale),
+        "pixel_size_a": repr(model.pixel_size_a),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=meta)
+
+
+def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel:
+    """The model of a run folder, or of one weights file, in evaluation mode on `device`.
+
+    Raises `InputFormatError` when the file is missing, damaged or of another kind.
+    """
+    path = Path(run)
+    path = path / MODEL_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InputFormatError(
+            f"{path}: no trained model. Expected the output of `train`; if training was interrupted, "
+            "run the same `train` command with --resume."
+        )
+    try:
+        with safe_open(path, framework="pt") as stored:
+            meta = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no dict)
+    except SafetensorError as error:
+        raise InputFormatError(f"{path}: not a readable safetensors file ({error}). Train again.") from error
+    if meta.get("format") != "cryodrgn_pipeline.vae.1":
+        raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected 'cryodrgn_pipeline.vae.1'.")
+    vae = Vae(VaeConfig(**json.loads(meta["config"])))
+    vae.load_state_dict(tensors)
+    return TrainedModel(
+        vae=vae.to(device).eval(), scale=float(meta["scale"]), pixel_size_a=float(meta["pixel_size_a"])
+    )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume state (tensors and plain values only), atomically."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a resume state; only tensors and plain values are accepted from the file."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

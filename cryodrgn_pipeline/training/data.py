@@ -1,0 +1,185 @@
+"""Batches for training: normalised half-plane coefficients with their CTF and slice geometry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.ctf import ctf
+from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
+from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.stack import Stack
+
+log = logging.getLogger(__name__)
+
+READ_ROWS = 512  # contiguous images read at a time
+SHUFFLE_CHUNKS = 16  # chunks mixed with each other when images are read lazily
+NORMALISATION_IMAGES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B images at the P half-plane frequencies; `rows` are their rows in the stack."""
+
+    rows: NDArray[np.int64]
+    coefficients: Tensor  # (B, P) complex64, divided by the normalisation σ
+    ctf: Tensor  # (B, P)
+    rotation: Tensor  # (B, 3, 3)
+    magnification: Tensor  # (B,) volume pixel size / image pixel size
+
+    def coordinates(self, plane: HalfPlane, points: Tensor | slice, images: slice) -> Tensor:
+        """Where chosen half-plane points of chosen images lie in the volume: `(b, Q, 3)` cycles per pixel."""
+        kx = plane.kx[points, None].float() / plane.box_size_px
+        ky = plane.ky[points, None].float() / plane.box_size_px
+        axes = self.rotation[images] * self.magnification[images, None, None]
+        return kx * axes[:, None, 0, :] + ky * axes[:, None, 1, :]
+
+    def transfer(self, points: Tensor | slice, images: slice) -> Tensor:
+        """What turns volume into image coefficients, `(b, Q)`: the CTF, and finer pixels hold less each."""
+        return self.ctf[images, points] * self.magnification[images, None] ** 2
+
+
+class TrainingData:
+    """The chosen rows of a stack as batches, from memory or read as they are needed.
+
+    Parameters
+    ----------
+    stack, rows
+        The stack, and which of its rows belong to this training (ascending).
+    plane
+        Half-plane frequencies to deliver.
+    in_memory
+        Hold all coefficients in memory (8 bytes per frequency and image); None decides by what is free.
+    device
+        Where batches go.
+    scale
+        σ that coefficients are divided by; estimated from the images when None.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        rows: NDArray[np.int64],
+        plane: HalfPlane,
+        *,
+        in_memory: bool | None,
+        device: torch.device,
+        scale: float | None = None,
+    ) -> None:
+        self.stack, self.rows, self.device = stack, rows, device
+        self.plane = plane.to(device)
+        self._plane_cpu = plane
+        particles = stack.particles.take(rows)
+        self.particle_id = particles.particle_id
+        poses, optics = particles.require_poses("train"), particles.optics
+        self._position = np.full(len(stack), -1, dtype=np.int64)
+        self._position[rows] = np.arange(len(rows))
+
+        def tensor(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+
+        self._rotation = tensor(poses.rotation)
+        self._magnification = tensor(stack.pixel_size_a / optics.pixel_size_a)
+        self._image_length_a = tensor(optics.pixel_size_a * optics.box_size_px)
+        self._ctf = {
+            "defocus_u_a": tensor(particles.ctf.defocus_u_a),
+            "defocus_v_a": tensor(particles.ctf.defocus_v_a),
+            "defocus_angle_deg": tensor(particles.ctf.defocus_angle_deg),
+            "phase_shift_deg": tensor(particles.ctf.phase_shift_deg),
+            "voltage_kv": tensor(optics.voltage_kv),
+            "cs_mm": tensor(optics.cs_mm),
+            "amplitude_contrast": tensor(optics.amplitude_contrast),
+        }
+        self.scale = self._estimate_scale() if scale is None else scale
+        needed = 8 * len(plane) * len(rows)
+        if in_memory is None:
+            in_memory = needed < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        log.info(
+            "%d images of %d px %s (%.2f GB of coefficients)",
+            len(rows),
+            stack.box_size_px,
+            "held in memory" if in_memory else "read from the stack as needed",
+            needed / 1e9,
+        )
+        self._coefficients = self._load_all() if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of the given stack rows."""
+        position = torch.from_numpy(self._position[rows]).to(self.device)
+        if self._coefficients is None:
+            coefficients = self._read(rows)
+        else:
+            coefficients = self._coefficients[torch.from_numpy(self._position[rows])]
+        frequency = 1 / self._image_length_a[position, None]
+        return Batch(
+            rows=rows,
+            coefficients=coefficients.to(self.device, non_blocking=True),
+            ctf=ctf(
+                self.plane.ky * frequency,
+                self.plane.kx * frequency,
+                **{name: value[position] for name, value in self._ctf.items()},
+            ),
+            rotation=self._rotation[position],
+            magnification=self._magnification[position],
+        )
+
+    def batches(self, order: NDArray[np.int64], batch_size: int, first: int = 0) -> Iterator[Batch]:
+        """Batches of the rows in `order` from batch number `first`; the next is read ahead in a thread."""
+        parts = [order[i : i + batch_size] for i in range(first * batch_size, len(order), batch_size)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.batch, part) for part in parts[:2]]
+            for number in range(len(parts)):
+                ready = ahead.pop(0).result()
+                if number + 2 < len(parts):
+                    ahead.append(reader.submit(self.batch, parts[number + 2]))
+                yield ready
+
+    def epoch_order(self, rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+        """A random order of `rows`, fixed by seed and epoch.
+
+        From memory: a full permutation. Lazily: chunks of consecutive rows are shuffled, and images among
+        the chunks next to each other, so that the disk is read in long runs.
+        """
+        generator = np.random.default_rng([seed, epoch])
+        if self._coefficients is not None:
+            return generator.permutation(rows)
+        chunks = [rows[i : i + READ_ROWS] for i in range(0, len(rows), READ_ROWS)]
+        chunks = [chunks[i] for i in generator.permutation(len(chunks))]
+        windows = (chunks[i : i + SHUFFLE_CHUNKS] for i in range(0, len(chunks), SHUFFLE_CHUNKS))
+        return np.concatenate([generator.permutation(np.concatenate(window)) for window in windows])
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        images = torch.from_numpy(self.stack.read(rows))
+        return half_plane_coefficients(images, self._plane_cpu) / self.scale
+
+    def _estimate_scale(self) -> float:
+        """σ of the Hartley values over an even sample of the images: √⟨|F|²⟩, since E H² = E |F|²."""
+        sample = self.rows[
+            np.linspace(0, len(self.rows) - 1, min(len(self.rows), NORMALISATION_IMAGES)).astype(int)
+        ]
+        power = 0.0
+        for start in range(0, len(sample), READ_ROWS):
+            images = torch.from_numpy(self.stack.read(sample[start : start + READ_ROWS]))
+            power += float(half_plane_coefficients(images, self._plane_cpu).abs().square().double().sum())
+        return float(max(power / (len(sample) * len(self._plane_cpu)), 1e-60) ** 0.5)
+
+    def _load_all(self) -> Tensor:
+        everything = torch.empty(len(self.rows), len(self._plane_cpu), dtype=torch.complex64)
+        with progress("reading images", len(self.rows)) as advance:
+            for start in range(0, len(self.rows), READ_ROWS):
+                rows = self.rows[start : start + READ_ROWS]
+                everything[start : start + len(rows)] = self._read(rows)
+                advance(len(rows))
+        return everything

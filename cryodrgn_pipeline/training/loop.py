@@ -1,0 +1,282 @@
+"""The training loop: read top to bottom, it is the whole method.
+
+Each batch: phase-flipped images → encoder → z; slices of the decoder at the known poses, times the CTF;
+mean squared error against the images, plus β/n_pixels times the KL divergence (Zhong et al. 2021).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.models.vae import Vae
+from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.training.data import Batch, TrainingData
+from cryodrgn_pipeline.training.losses import kl_divergence, reconstruction
+from cryodrgn_pipeline.training.settings import TrainingSettings
+from cryodrgn_pipeline.training.state import StopRequest
+
+log = logging.getLogger(__name__)
+
+# Points of the decoder that are in flight together: activations stay in the cache of a CPU core, and
+# within a GPU's memory at any batch and box.
+POINTS_IN_FLIGHT = {"cpu": 12_000, "cuda": 1_000_000}
+LOSSES_IN_FLIGHT = {"cpu": 1, "cuda": 64}  # reading a loss from a GPU waits for it
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: the user asked for it)
+    """A signal asked the training to stop; everything so far has been saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a training stands; what it holds besides tensors goes into the checkpoint as it is."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches completed in the epoch under way
+    step: int = 0
+    seconds: float = 0.0  # of training and evaluation, over all sessions
+    epoch_seconds: float = 0.0  # of training in the epoch under way
+    sums: dict[str, float] = field(default_factory=lambda: {"reconstruction": 0.0, "kld": 0.0, "images": 0.0})
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One model, its optimiser, its data; `run` trains until the asked number of epochs is done.
+
+    Parameters
+    ----------
+    vae, data, settings
+        Model, batches and recipe; the model is moved to `device`.
+    train_rows, held_out_rows
+        Stack rows that are learnt from, and those that only measure.
+    device
+        Where to compute.
+    state
+        A state from an earlier `state()` to go on from.
+    """
+
+    def __init__(
+        self,
+        vae: Vae,
+        data: TrainingData,
+        settings: TrainingSettings,
+        *,
+        train_rows: NDArray[np.int64],
+        held_out_rows: NDArray[np.int64],
+        device: torch.device,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.vae, self.data, self.settings, self.device = vae.to(device), data, settings, device
+        self.train_rows, self.held_out_rows = train_rows, held_out_rows
+        self.beta = 1 / vae.config.latent_dim if settings.beta is None else settings.beta
+        self.n_pixels = 2 * len(data.plane)
+        self.optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
+        amp = settings.amp if settings.amp is not None else device.type == "cuda"
+        half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        self.autocast: dict[str, Any] = {
+            "device_type": device.type,
+            "dtype": torch.float16 if half else torch.bfloat16,
+            "enabled": amp,
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and half)
+        self.progress = Progress()
+        if state is not None:
+            self.vae.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(**state["progress"])
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on as if nothing had happened."""
+        standing = self.progress
+        return {
+            "model": self.vae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scale": self.data.scale,
+            "epoch": standing.epoch,
+            "progress": {name: getattr(standing, name) for name in Progress.__slots__},
+        }
+
+    def run(self, save: Callable[[], None], stop: StopRequest) -> None:
+        """Train to the last epoch, calling `save` as often as the settings say.
+
+        Raises `Interrupted` after saving when `stop` is set, `TrainingError` when the loss is not a number.
+        """
+        settings, standing = self.settings, self.progress
+        batches_per_epoch = -(-len(self.train_rows) // settings.batch_size)
+        done = standing.epoch * len(self.train_rows) + standing.batch * settings.batch_size
+        last_save = time.monotonic()
+        with progress("training", settings.epochs * len(self.train_rows)) as advance:
+            advance(done)
+            while standing.epoch < settings.epochs:
+                tick = time.monotonic()
+                pending: list[tuple[Batch, Tensor, Tensor]] = []
+                order = self.data.epoch_order(self.train_rows, settings.seed, standing.epoch)
+                self.vae.train()
+                for batch in self.data.batches(order, settings.batch_size, first=standing.batch):
+                    pending.append((batch, *self._step(batch)))
+                    standing.batch += 1
+                    standing.step += 1
+                    minutes_due = time.monotonic() - last_save > 60 * settings.checkpoint_every_minutes
+                    if len(pending) >= LOSSES_IN_FLIGHT[self.device.type] or stop or minutes_due:
+                        self._account(pending)
+                    tick = self._clock(tick)
+                    advance(len(batch.rows), note=f"epoch {standing.epoch + 1} of {settings.epochs}")
+                    if (stop or minutes_due) and standing.batch < batches_per_epoch:
+                        save()
+                        last_save = time.monotonic()
+                        if stop.signal_number is not None:
+                            raise Interrupted(stop.signal_number)
+                self._account(pending)
+                self._end_epoch()
+                if standing.epoch % settings.checkpoint_every_epochs == 0 or stop or minutes_due:
+                    save()
+                    last_save = time.monotonic()
+                if stop.signal_number is not None and standing.epoch < settings.epochs:
+                    raise Interrupted(stop.signal_number)
+        save()
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One update; returns reconstruction loss and KL divergence per image, `(B,)` each."""
+        draws = torch.Generator().manual_seed(_mix(self.settings.seed, self.progress.step))
+        n_points = len(self.data.plane)
+        chosen = round(self.settings.coordinate_fraction * n_points)
+        points: Tensor | slice = slice(None)
+        if chosen < n_points:
+            points = torch.randperm(n_points, generator=draws)[: max(chosen, 1)].to(self.device)
+        with torch.autocast(**self.autocast):
+            mean, log_variance = self.vae.encode(batch.coefficients, batch.ctf)
+        mean, log_variance = mean.float(), log_variance.float()
+        noise = torch.randn(mean.shape, generator=draws).to(self.device)
+        z = mean + noise * torch.exp(0.5 * log_variance)
+        self.optimizer.zero_grad(set_to_none=True)
+        z_leaf = (
+            z.detach().requires_grad_()
+        )  # the decoder's part of the graph is cut here and freed by pieces
+        error = torch.cat(
+            [
+                self._backward_piece(batch, piece, points, z_leaf)
+                for piece in self._pieces(len(batch.rows), min(chosen, n_points))
+            ]
+        )
+        divergence = kl_divergence(mean, log_variance)
+        weight = self.beta / self.n_pixels
+        torch.autograd.backward([z, self.scaler.scale(weight * divergence.mean())], [z_leaf.grad, None])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return error, divergence.detach()
+
+    def _backward_piece(self, batch: Batch, piece: slice, points: Tensor | slice, z: Tensor) -> Tensor:
+        coordinates = batch.coordinates(self.data.plane, points, piece)
+        with torch.autocast(**self.autocast):
+            predicted = self.vae.decode_slices(coordinates, z[piece], batch.transfer(points, piece))
+        error = reconstruction(predicted, batch.coefficients[piece, points])
+        torch.autograd.backward(self.scaler.scale(error.sum() / len(batch.rows)))
+        return error.detach()
+
+    def _pieces(self, n_images: int, n_points: int) -> list[slice]:
+        images = max(1, POINTS_IN_FLIGHT[self.device.type] // n_points)
+        return [slice(i, i + images) for i in range(0, n_images, images)]
+
+    def _account(self, pending: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        sums = self.progress.sums
+        for batch, error, divergence in pending:
+            values = {"reconstruction": float(error.sum()), "kld": float(divergence.sum())}
+            if not np.isfinite(sum(values.values())):
+                ids = self.data.stack.particles.particle_id[batch.rows]
+                raise TrainingError(
+                    f"the loss is not a number in epoch {self.progress.epoch + 1} (reconstruction "
+                    f"{values['reconstruction']}, KL divergence {values['kld']}). The batch's particles: "
+                    f"{', '.join(str(i) for i in ids)}. Look at these images; if they are sound, lower "
+                    "--learning-rate or use --no-amp. The last checkpoint is untouched."
+                )
+            for name, value in values.items():
+                sums[name] += value
+            sums["images"] += len(batch.rows)
+        pending.clear()
+
+    def _end_epoch(self) -> None:
+        standing = self.progress
+        images = standing.sums["images"]
+        error, divergence = standing.sums["reconstruction"] / images, standing.sums["kld"] / images
+        standing.epoch += 1
+        row = {
+            "kind": "epoch",
+            "epoch": standing.epoch,
+            "step": standing.step,
+            "loss": error + self.beta * divergence / self.n_pixels,
+            "reconstruction": error,
+            "kld": divergence,
+            "beta": self.beta,
+            "learning_rate": self.settings.learning_rate,
+            "images_per_s": images / standing.epoch_seconds,
+        }
+        if len(self.held_out_rows):
+            started = time.monotonic()
+            held_out = self.evaluate(self.held_out_rows)
+            row["held_out_reconstruction"] = float(held_out["loss"].mean())
+            row["held_out_kld"] = float(held_out["kld"].mean())
+            standing.seconds += time.monotonic() - started
+        row["seconds"] = standing.seconds
+        standing.metrics.append(row)
+        standing.batch, standing.epoch_seconds, standing.sums = 0, 0.0, Progress().sums
+        held = f", held-out {row['held_out_reconstruction']:.5f}" if len(self.held_out_rows) else ""
+        log.info(
+            "epoch %d of %d: reconstruction %.5f%s, KL %.3f, %.0f images/s",
+            standing.epoch,
+            self.settings.epochs,
+            error,
+            held,
+            divergence,
+            row["images_per_s"],
+        )
+
+    def _clock(self, since: float) -> float:
+        now = time.monotonic()
+        self.progress.seconds += now - since
+        self.progress.epoch_seconds += now - since
+        return now
+
+    @torch.no_grad()
+    def evaluate(
+        self, rows: NDArray[np.int64], points: Tensor | slice = slice(None)
+    ) -> dict[str, NDArray[Any]]:
+        """Per image: latent `mean` and `std` `(N, z)`; `loss` at the mean over `points` and `kld`, `(N,)`."""
+        self.vae.eval()
+        n_points = len(self.data.plane.kx[points])
+        parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "loss": [], "kld": []}
+        for batch in self.data.batches(rows, max(self.settings.batch_size, 64)):
+            with torch.autocast(**self.autocast):
+                mean, log_variance = self.vae.encode(batch.coefficients, batch.ctf)
+            mean, log_variance = mean.float(), log_variance.float()
+            for piece in self._pieces(len(batch.rows), n_points):
+                with torch.autocast(**self.autocast):
+                    predicted = self.vae.decode_slices(
+                        batch.coordinates(self.data.plane, points, piece),
+                        mean[piece],
+                        batch.transfer(points, piece),
+                    )
+                parts["loss"].append(reconstruction(predicted, batch.coefficients[piece, points]))
+            parts["mean"].append(mean)
+            parts["std"].append(torch.exp(0.5 * log_variance))
+            parts["kld"].append(kl_divergence(mean, log_variance))
+        return {name: torch.cat(values).cpu().numpy() for name, values in parts.items()}
+
+
+def _mix(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,113 @@
+"""What lets a training be interrupted: one writer at a time, a resume state, signals that save."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.io.atomic import write_json
+from cryodrgn_pipeline.io.checkpoints import load_state, save_state
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointFolder:
+    """The `checkpoints/` of a run: `state.pt` to resume from, and the fingerprint of what it belongs to.
+
+    Checkpoints of another fingerprint are moved aside, never deleted.
+    """
+
+    def __init__(self, run: Path, fingerprint: str) -> None:
+        self.run, self.fingerprint = run, fingerprint
+        self.path = run / "checkpoints"
+
+    @property
+    def state_file(self) -> Path:
+        """The resume state."""
+        return self.path / "state.pt"
+
+    def open(self, *, resume: bool, epochs: int) -> dict[str, Any] | None:
+        """The state to go on from, or None to start over; makes the folder ready for writing."""
+        state = None
+        if self.state_file.exists():
+            same = self._stored_fingerprint() == self.fingerprint
+            if not resume:
+                self._move_aside("starting over (--resume was not given)")
+            elif not same:
+                self._move_aside("the images, the subset or the settings have changed: starting over")
+            else:
+                state = load_state(self.state_file)
+                if state["epoch"] > epochs:
+                    self._move_aside(
+                        f"they hold {state['epoch']} epochs, {epochs} are asked for: starting over"
+                    )
+                    state = None
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "fingerprint.json", {"fingerprint": self.fingerprint})
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the resume state, atomically."""
+        save_state(self.state_file, state)
+
+    def _stored_fingerprint(self) -> str | None:
+        try:
+            stored = json.loads((self.path / "fingerprint.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return str(stored.get("fingerprint"))
+
+    def _move_aside(self, why: str) -> None:
+        stored = (self._stored_fingerprint() or "unknown")[:8]
+        aside, number = self.run / f"checkpoints.{stored}", 1
+        while aside.exists():
+            number += 1
+            aside = self.run / f"checkpoints.{stored}.{number}"
+        self.path.rename(aside)
+        log.info("older checkpoints moved to %s: %s", aside, why)
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Hold the run folder's lock, or raise `TrainingError` when another process does."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"{run}: another training is writing here. Wait for it, stop it, or choose another -o."
+            ) from error
+        yield
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT: the loop saves and leaves at the next batch; a second signal kills."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Listen while the block runs; the former handlers return afterwards."""
+        former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
