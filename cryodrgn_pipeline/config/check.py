@@ -105,7 +105,7 @@ def _explained(error: ValidationError, content: Any) -> Iterator[Problem]:
 def _within(content: Any, location: Location) -> Location:
     """Cut off what pydantic adds to a location: the branch of a union, the mark of a key."""
     for depth, part in enumerate(location):
-        if isinstance(content, dict):
+        if isinstance(content, dict) and part != "[key]":
             content = content.get(part)
         elif isinstance(content, list) and isinstance(part, int) and part < len(content):
             content = content[part]

@@ -103,7 +103,8 @@ class Volumes(Section):
     principal_components: Annotated[int, Field(ge=0)] = Field(
         2, description="a series along each of the first so many; up to analyze's"
     )
-    direct_path: bool = Field(False, description="a series along the direct path between clusters")
+    direct_path: bool = Field(False, description="a series along the straight line between clusters")
+    graph_path: bool = Field(False, description="a series along a path that stays among the particles")
     box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
         None, description="decode at this smaller even box; null = the stack's"
     )
@@ -112,6 +113,7 @@ class Volumes(Section):
     crop_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
         None, description="cut to this even box; null = keep"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
 
 
 class Analyze(Section):
@@ -121,7 +123,16 @@ class Analyze(Section):
     principal_components: Annotated[int, Field(ge=0)] = Field(
         2, description="latent traversals written, one per component"
     )
+    traversal_points: Annotated[int, Field(ge=2)] = Field(10, description="points per traversal")
+    snap: bool = Field(False, description="move the points along components to the nearest particles")
+    through: list[int] = Field(
+        [], description="clusters that the direct and graph paths pass; [] = the two farthest apart"
+    )
     umap: bool = Field(True, description="compute a UMAP; minutes for a million particles")
+    umap_max_particles: Count = Field(200_000, description="particles the UMAP is fitted to")
+    junk_threshold: Positive = Field(
+        5.0, description="robust standard deviations of loss or |z| above which a particle is flagged"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of k-means and UMAP")
 
 

@@ -1,0 +1,81 @@
+def preprocess_options(wildcards):
+    given = settings("preprocess", dataset_of(wildcards))
+    flags = {
+        "window_inner": "--window-inner",
+        "window_outer": "--window-outer",
+        "dtype": "--dtype",
+    }
+    return options(given, flags)
+
+
+def reference_map(wildcards):
+    reference = dataset_of(wildcards)["reference"]
+    return [local(reference)] if reference else []
+
+
+def consensus_options(wildcards):
+    given = settings("consensus", dataset_of(wildcards))
+    check = given["check"] or "off"  # YAML reads a bare `off` as false
+    named = options(dataset_of(wildcards), {"reference": "--reference"})
+    return ["--check", check, *named]
+
+
+rule preprocess_images:
+    input:
+        particles="<results>/{dataset}/import/particles.parquet",
+        manifest="<results>/{dataset}/import/import.json",
+    output:
+        images="<results>/{dataset}/stack_{box}/images.mrcs",
+        particles="<results>/{dataset}/stack_{box}/particles.parquet",
+        noise="<results>/{dataset}/stack_{box}/noise.parquet",
+        manifest="<results>/{dataset}/stack_{box}/stack.json",
+    log:
+        "<logs>/{dataset}/preprocess_{box}.log",
+    benchmark:
+        "<benchmarks>/{dataset}/preprocess_{box}.tsv"
+    conda:
+        "../workflows/envs/cryodrgn-pipeline.yaml"
+    threads: threads_for("preprocess")
+    resources:
+        mem_mb=mem_mb_for("preprocess"),
+        runtime=runtime_for("preprocess"),
+    params:
+        source=subpath(input.particles, parent=True),
+        folder=subpath(output.manifest, parent=True),
+        options=preprocess_options,
+    message:
+        "{wildcards.dataset}: centring the images and cropping them to {wildcards.box} px"
+    shell:
+        "cryodrgn-pipeline preprocess {params.source:q} --box-size {wildcards.box} {params.options:q}"
+        " --threads {threads} -o {params.folder:q} &> {log:q}"
+
+
+rule reconstruct_consensus:
+    input:
+        stack="<results>/{dataset}/stack_{box}/stack.json",
+        reference=reference_map,
+    output:
+        map="<results>/{dataset}/consensus_{box}/map.mrc",
+        half1="<results>/{dataset}/consensus_{box}/half1.mrc",
+        half2="<results>/{dataset}/consensus_{box}/half2.mrc",
+        fsc="<results>/{dataset}/consensus_{box}/fsc.parquet",
+        summary="<results>/{dataset}/consensus_{box}/consensus.json",
+    log:
+        "<logs>/{dataset}/consensus_{box}.log",
+    benchmark:
+        "<benchmarks>/{dataset}/consensus_{box}.tsv"
+    conda:
+        "../workflows/envs/cryodrgn-pipeline.yaml"
+    threads: threads_for("consensus")
+    resources:
+        mem_mb=mem_mb_for("consensus"),
+        runtime=runtime_for("consensus"),
+    params:
+        stack=subpath(input.stack, parent=True),
+        folder=subpath(output.summary, parent=True),
+        options=consensus_options,
+    message:
+        "{wildcards.dataset}: backprojecting two half maps and checking the conventions"
+    shell:
+        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q}"
+        " --threads {threads} -o {params.folder:q} &> {log:q}"

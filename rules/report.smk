@@ -1,0 +1,55 @@
+def volume_tables(wildcards):
+    folder = run_dir(wildcards.dataset, wildcards.subset, wildcards.run)
+    return [
+        f"{folder}/volumes/{series}/volumes.parquet" for series in series_of(wildcards)
+    ]
+
+
+def volume_options(wildcards, input):
+    folders = [os.path.dirname(table) for table in input.volumes]
+    return [word for folder in folders for word in ("--volumes", folder)]
+
+
+def import_manifest(wildcards):
+    return f"<results>/{wildcards.dataset}/import/import.json"
+
+
+rule write_report:
+    input:
+        manifest="<results>/{dataset}/{subset}/{run}/run.json",
+        metrics="<results>/{dataset}/{subset}/{run}/metrics.jsonl",
+        latent="<results>/{dataset}/{subset}/{run}/latent.parquet",
+        analysis="<results>/{dataset}/{subset}/{run}/analysis/analysis.json",
+        source=import_manifest,
+        stack=training_stack,
+        consensus=checked_consensus,
+        volumes=volume_tables,
+    output:
+        html=report(
+            "<results>/{dataset}/{subset}/{run}/report.html",
+            caption="../workflows/report/run.rst",
+            category="{dataset}",
+            subcategory="{subset}",
+            labels={"run": "{run}", "page": "report"},
+        ),
+    log:
+        "<logs>/{dataset}/{subset}/{run}/report.log",
+    benchmark:
+        "<benchmarks>/{dataset}/{subset}/{run}/report.tsv"
+    conda:
+        "../workflows/envs/cryodrgn-pipeline.yaml"
+    threads: threads_for("report")
+    resources:
+        mem_mb=mem_mb_for("report"),
+        runtime=runtime_for("report"),
+    params:
+        run=subpath(input.manifest, parent=True),
+        source=subpath(input.source, parent=True),
+        stack=subpath(input.stack, parent=True),
+        consensus=subpath(input.consensus, parent=True),
+        volumes=volume_options,
+    message:
+        "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: writing the report"
+    shell:
+        "cryodrgn-pipeline report {params.run:q} --consensus {params.consensus:q} {params.volumes:q}"
+        " --import-dir {params.source:q} --stack {params.stack:q} &> {log:q}"

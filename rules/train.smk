@@ -1,0 +1,73 @@
+def training_stack(wildcards):
+    return f"{stack_dir(wildcards)}/stack.json"
+
+
+def checked_consensus(wildcards):
+    return f"{consensus_dir(wildcards)}/consensus.json"
+
+
+def subset_option(wildcards):
+    return [] if wildcards.subset == "all" else ["--subset"]
+
+
+def train_options(wildcards):
+    flags = {
+        "method": "--method",
+        "latent_dim": "--latent-dim",
+        "epochs": "--epochs",
+        "batch_size": "--batch-size",
+        "learning_rate": "--learning-rate",
+        "beta": "--beta",
+        "encoder_layers": "--encoder-layers",
+        "encoder_width": "--encoder-width",
+        "encoder_type": "--encoder-type",
+        "decoder_layers": "--decoder-layers",
+        "decoder_width": "--decoder-width",
+        "positional_encoding": "--positional-encoding",
+        "domain": "--domain",
+        "mask_radius": "--mask-radius",
+        "coordinate_fraction": "--coordinate-fraction",
+        "held_out_fraction": "--held-out-fraction",
+        "checkpoint_every_epochs": "--checkpoint-every-epochs",
+        "checkpoint_every_minutes": "--checkpoint-every-minutes",
+        "seed": "--seed",
+        "device": "--device",
+        "in_memory": "--in-memory/--lazy",
+        "amp": "--amp/--no-amp",
+    }
+    return options(settings("train", run_of(wildcards)), flags)
+
+
+# RUN/checkpoints is not declared: Snakemake would delete it before a retry, and the resume with it.
+# The consensus is ancient(): training waits for its verdict on the conventions, not for its numbers.
+rule train_model:
+    input:
+        stack=training_stack,
+        consensus=ancient(checked_consensus),
+        ids=id_file,
+    output:
+        latent="<results>/{dataset}/{subset}/{run}/latent.parquet",
+        model="<results>/{dataset}/{subset}/{run}/model.safetensors",
+        metrics="<results>/{dataset}/{subset}/{run}/metrics.jsonl",
+        manifest="<results>/{dataset}/{subset}/{run}/run.json",
+    log:
+        "<logs>/{dataset}/{subset}/{run}/train.log",
+    benchmark:
+        "<benchmarks>/{dataset}/{subset}/{run}/train.tsv"
+    conda:
+        "../workflows/envs/cryodrgn-pipeline.yaml"
+    threads: threads_for("train")
+    resources:
+        mem_mb=mem_mb_for("train"),
+        runtime=runtime_for("train"),
+        gpu=gpus_for("train"),
+    params:
+        stack=subpath(input.stack, parent=True),
+        folder=subpath(output.manifest, parent=True),
+        subset=subset_option,
+        options=train_options,
+    message:
+        "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: training"
+    shell:
+        "cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q} {params.options:q}"
+        " --resume --threads {threads} -o {params.folder:q} &> {log:q}"
