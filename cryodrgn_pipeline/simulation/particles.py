@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_pipeline.particles import Ctf, ImageRef, Optics, ParticleSet, Poses
+from cryodrgn_pipeline.simulation.phantom import MOTIONS
 
 Array = NDArray[np.float64]
 
@@ -62,6 +63,7 @@ class Settings:
             "particles": self.particles >= 1,
             "pixel_size_a": self.pixel_size_a > 0,
             "snr": self.snr > 0,
+            "motion": self.motion in MOTIONS,
             "occupancy": 0 <= self.occupancy <= 1,
             "junk": 0 <= self.junk <= 1,
             "orientations": self.orientations in ("uniform", "preferred"),
