@@ -1,3 +1,131 @@
 """The verbs of this part of the command line: analyze, select, report."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cryodrgn_pipeline.cli._app import RESULTS, app
+from cryodrgn_pipeline.errors import ConfigError
+
+Run = Annotated[Path, typer.Argument(help="Folder that train wrote.", show_default=False)]
+
+
+@app.command("analyze", rich_help_panel=RESULTS)
+def analyze(
+    run: Run,
+    clusters: Annotated[int, typer.Option(help="Number of k-means clusters.")] = 20,
+    pcs: Annotated[int, typer.Option(help="Principal components to make traversals along.")] = 2,
+    points: Annotated[int, typer.Option(help="Points per traversal.")] = 10,
+    snap: Annotated[
+        bool,
+        typer.Option("--snap/--no-snap", help="Move traversal points along PCs to the nearest particles."),
+    ] = False,
+    through: Annotated[
+        str | None,
+        typer.Option(
+            help="Clusters that the direct and graph traversals pass, such as 0,7,12; "
+            "the two farthest apart when not given."
+        ),
+    ] = None,
+    umap: Annotated[bool, typer.Option("--umap/--no-umap", help="Compute a UMAP.")] = True,
+    umap_max: Annotated[
+        int, typer.Option(help="Particles to fit the UMAP to; the others are placed among them.")
+    ] = 200_000,
+    junk_threshold: Annotated[
+        float,
+        typer.Option(help="Robust standard deviations of loss or |z| above which a particle is flagged."),
+    ] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of k-means and UMAP.")] = 0,
+) -> None:
+    """Embed, cluster and score the particles of a run, and lay paths through its latent.
+
+    Writes RUN/analysis: particles.parquet (cluster, junk_score, junk, pc_1 …, umap_1, umap_2), centers.csv,
+    traversal_pc1.csv …, traversal_direct.csv (a straight line), traversal_graph.csv (a path that stays among
+    the particles) and analysis.json. The .csv files are what `volumes --z` reads.
+
+    Example: cryodrgn-pipeline analyze results/run_8d --clusters 20
+    """
+    from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
+
+    settings = AnalysisSettings(
+        clusters=clusters,
+        pcs=pcs,
+        points=points,
+        snap=snap,
+        through=None if through is None else _integers("--through", through),
+        umap=umap,
+        umap_fit_at_most=umap_max,
+        junk_threshold=junk_threshold,
+        seed=seed,
+    )
+    analyze_run(run, settings)
+    typer.echo(run / "analysis")
+
+
+@app.command("select", rich_help_panel=RESULTS)
+def select(
+    run: Run,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Id file to write.", show_default=False)],
+    cluster: Annotated[
+        list[str] | None, typer.Option(help="Clusters to keep, such as 0,3.", show_default=False)
+    ] = None,
+    range_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--range", help="COLUMN:LOW:HIGH, inclusive; an end may be empty. Repeatable.", show_default=False
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A condition over columns, such as 'loss < 1.5 and abs(z_0) > 1'. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    outline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="COLUMN_X,COLUMN_Y:x,y x,y x,y …: inside this polygon; the report's lasso writes it.",
+            show_default=False,
+        ),
+    ] = None,
+    ids: Annotated[
+        list[Path] | None, typer.Option(help="Keep only ids listed in this file.", show_default=False)
+    ] = None,
+    no_junk: Annotated[bool, typer.Option("--no-junk", help="Leave out particles flagged as junk.")] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="Keep what the rest leaves out.")] = False,
+) -> None:
+    """Choose particles of a run by cluster, range, condition or outline; write their ids, one per line.
+
+    All given conditions must hold. Columns: z_0 …, std_0 …, norm (|z|), loss, held_out, and after `analyze`
+    cluster, junk_score, junk, pc_1 …, umap_1, umap_2. The id file feeds `train --subset`,
+    `export --subset` and `volumes --ids`.
+
+    Example: cryodrgn-pipeline select results/run_8d --cluster 0,3 --range loss::1.5 --no-junk -o open.txt
+    """
+    from cryodrgn_pipeline.landscape.select import Selection, select_particles, write_ids
+
+    selection = Selection(
+        clusters=tuple(label for text in cluster or () for label in _integers("--cluster", text)),
+        ranges=tuple(range_ or ()),
+        conditions=tuple(where or ()),
+        outlines=tuple(outline or ()),
+        id_files=tuple(ids or ()),
+        no_junk=no_junk,
+        invert=invert,
+    )
+    chosen, total = select_particles(run, selection)
+    write_ids(output, chosen)
+    typer.echo(f"{len(chosen)} of {total} particles: {output}")
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} {text!r}: whole numbers separated by commas expected, such as 0,3"
+        ) from error

@@ -1,0 +1,206 @@
+"""One run's latent, analysed and written: embeddings, clusters, junk scores and paths into RUN/analysis."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline import __version__
+from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.io.atomic import replacing_directory, write_json
+from cryodrgn_pipeline.io.runs import Columns, Latents, read_latents, write_columns, write_z
+from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.embed import (
+    UMAP_FEWEST,
+    UMAP_FIT_AT_MOST,
+    PrincipalComponents,
+    principal_components,
+    umap_embedding,
+)
+from cryodrgn_pipeline.landscape.outliers import JUNK_THRESHOLD, JunkScores, junk_scores
+from cryodrgn_pipeline.landscape.traverse import direct_traversal, graph_traversal, pc_traversal, snap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalysisSettings:
+    """What `analyze` is asked for; `through` names the clusters the paths pass, None the farthest two."""
+
+    clusters: int = 20
+    pcs: int = 2
+    points: int = 10
+    snap: bool = False
+    through: tuple[int, ...] | None = None
+    umap: bool = True
+    umap_fit_at_most: int = UMAP_FIT_AT_MOST
+    junk_threshold: float = JUNK_THRESHOLD
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clusters < 1:
+            raise ConfigError(f"--clusters {self.clusters}: at least 1 is needed")
+        if self.pcs < 0:
+            raise ConfigError(f"--pcs {self.pcs}: 0 or more expected")
+        if self.points < 2:
+            raise ConfigError(f"--points {self.points}: a path has at least 2 points")
+        if not self.junk_threshold > 0:
+            raise ConfigError(f"--junk-threshold {self.junk_threshold}: a positive number expected")
+        if self.through is not None and len(self.through) < 2:
+            raise ConfigError(f"--through {self.through}: at least 2 clusters expected")
+
+
+def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str, Any]:
+    """Analyse RUN/latent.parquet and write RUN/analysis, whole or not at all.
+
+    Written are particles.parquet (particle_id, cluster, junk_score, junk, norm_score, loss_score, pc_1 …,
+    umap_1, umap_2), centers.csv and centers.parquet, traversal_pc1.csv …, traversal_direct.csv,
+    traversal_graph.csv and analysis.json.
+
+    Parameters
+    ----------
+    run
+        A folder that `train` wrote.
+    settings
+        What to compute; the defaults when None.
+
+    Returns
+    -------
+    summary
+        The content of analysis.json.
+
+    Raises
+    ------
+    InputFormatError
+        If the latent table is missing or damaged.
+    ConfigError
+        If a cluster to pass through does not exist.
+    """
+    settings = settings or AnalysisSettings()
+    run = Path(run)
+    latents = read_latents(run)
+    log.info("%d particles, %d latent dimensions", len(latents), latents.z.shape[1])
+    components = principal_components(latents.z)
+    centers, labels, rows = kmeans_centers(latents.z, settings.clusters, settings.seed)
+    through = _through(settings.through, centers)
+    junk = junk_scores(latents.z, latents.loss, settings.junk_threshold)
+    umap = _umap(latents, settings)
+    paths = _paths(latents, components, rows, through, settings)
+    summary = {
+        "tool": "cryodrgn-pipeline",
+        "version": __version__,
+        "settings": asdict(settings),
+        "n_particles": len(latents),
+        "latent_dim": latents.z.shape[1],
+        "explained_variance_ratio": [round(float(x), 6) for x in components.explained_variance_ratio],
+        "n_clusters": len(centers),
+        "n_junk": int(junk.flagged.sum()),
+        "umap": umap is not None,
+        "traversal_through": [int(label) for label in through],
+        "traversals": sorted(paths),
+    }
+    with replacing_directory(run / "analysis") as folder:
+        _keep_foreign_files(run / "analysis", folder)
+        particles = _particle_columns(latents, labels, junk, components, umap)
+        write_columns(folder / "particles.parquet", particles)
+        write_columns(folder / "centers.parquet", _center_columns(latents, centers, labels, rows))
+        write_z(folder / "centers.csv", centers)
+        for name, path in paths.items():
+            write_z(folder / f"traversal_{name}.csv", path)
+        write_json(folder / "analysis.json", summary)
+    log.info(
+        "%d clusters, %d of %d particles flagged as possible junk (score above %g)",
+        len(centers),
+        summary["n_junk"],
+        len(latents),
+        settings.junk_threshold,
+    )
+    return summary
+
+
+def _keep_foreign_files(old: Path, new: Path) -> None:
+    """Carry over what the user put beside our outputs, such as an id file."""
+    ours = ("particles.parquet", "centers.parquet", "centers.csv", "analysis.json", "traversal_*.csv")
+    for path in sorted(old.iterdir()) if old.is_dir() else []:
+        if path.is_file() and not any(path.match(pattern) for pattern in ours):
+            shutil.copy2(path, new / path.name)
+
+
+def _umap(latents: Latents, settings: AnalysisSettings) -> NDArray[np.float32] | None:
+    if not settings.umap:
+        return None
+    umap = umap_embedding(latents.z, settings.seed, settings.umap_fit_at_most)
+    if umap is None:
+        log.warning("no UMAP: %d particles (at least %d that differ are needed)", len(latents), UMAP_FEWEST)
+    return umap
+
+
+def _through(wanted: tuple[int, ...] | None, centers: NDArray[np.float32]) -> tuple[int, ...]:
+    """The clusters that the paths connect: those asked for, or the two farthest apart."""
+    if wanted is not None:
+        unknown = [label for label in wanted if not 0 <= label < len(centers)]
+        if unknown:
+            raise ConfigError(f"--through: no cluster {unknown[0]}; there are 0 to {len(centers) - 1}")
+        return wanted
+    if len(centers) < 2:
+        return ()
+    distance = np.linalg.norm(centers[:, None] - centers[None, :], axis=2)
+    first, last = np.unravel_index(int(distance.argmax()), distance.shape)
+    return int(first), int(last)
+
+
+def _paths(
+    latents: Latents,
+    components: PrincipalComponents,
+    rows: NDArray[np.int64],
+    through: tuple[int, ...],
+    settings: AnalysisSettings,
+) -> dict[str, NDArray[np.float32]]:
+    paths = {}
+    for pc in range(1, min(settings.pcs, len(components.components)) + 1):
+        path = pc_traversal(components, pc, settings.points)
+        paths[f"pc{pc}"] = snap(path, latents.z)[0] if settings.snap else path
+    if through:
+        anchors = rows[list(through)]
+        paths["direct"] = direct_traversal(latents.z[anchors], settings.points)
+        paths["graph"] = graph_traversal(latents.z, anchors, settings.points, settings.seed)[0]
+    return paths
+
+
+def _particle_columns(
+    latents: Latents,
+    labels: NDArray[np.int32],
+    junk: JunkScores,
+    components: PrincipalComponents,
+    umap: NDArray[np.float32] | None,
+) -> Columns:
+    columns: Columns = {
+        "particle_id": latents.particle_id,
+        "cluster": labels,
+        "junk_score": junk.score,
+        "junk": junk.flagged,
+        "norm_score": junk.norm_score,
+    }
+    if junk.loss_score is not None:
+        columns["loss_score"] = junk.loss_score
+    columns |= {f"pc_{k + 1}": scores for k, scores in enumerate(components.scores.T)}
+    if umap is not None:
+        columns |= {"umap_1": umap[:, 0], "umap_2": umap[:, 1]}
+    return columns
+
+
+def _center_columns(
+    latents: Latents, centers: NDArray[np.float32], labels: NDArray[np.int32], rows: NDArray[np.int64]
+) -> Columns:
+    columns: Columns = {
+        "cluster": np.arange(len(centers), dtype=np.int32),
+        "particle_id": latents.particle_id[rows],
+        "n": np.bincount(labels, minlength=len(centers)).astype(np.int64),
+    }
+    return columns | {f"z_{j}": centers[:, j] for j in range(centers.shape[1])}

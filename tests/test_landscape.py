@@ -1,0 +1,266 @@
+"""The latent's analysis: embeddings, clusters, junk scores and paths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_run import make_latent
+from typer.testing import CliRunner
+
+from cryodrgn_pipeline.cli import app
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.io.runs import read_latents, read_metrics, read_z
+from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
+from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.embed import principal_components, umap_embedding
+from cryodrgn_pipeline.landscape.outliers import junk_scores, robust_z_score
+from cryodrgn_pipeline.landscape.traverse import direct_traversal, graph_traversal, pc_traversal, snap
+
+FAST = AnalysisSettings(clusters=6, umap=False)
+
+
+def blobs(n_each: int = 40) -> np.ndarray:
+    """Three well separated blobs at x = 10, 0, 20, in that order of rows."""
+    rng = np.random.default_rng(3)
+    means = np.array([[10.0, 0, 0], [0, 0, 0], [20.0, 0, 0]])
+    return np.concatenate([rng.normal(mean, 0.3, (n_each, 3)) for mean in means]).astype(np.float32)
+
+
+def test_kmeans_finds_the_blobs_and_orders_them_along_the_main_axis():
+    z = blobs()
+    centers, labels, rows = kmeans_centers(z, 3, seed=0)
+    np.testing.assert_array_equal(labels.reshape(3, 40), [[1] * 40, [0] * 40, [2] * 40])
+    np.testing.assert_allclose(centers[:, 0], [0, 10, 20], atol=0.5)
+    np.testing.assert_array_equal(z[rows], centers)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 30), dims=st.integers(1, 4), clusters=st.integers(1, 12), distinct=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_every_kmeans_center_is_a_member_of_its_own_cluster(n, dims, clusters, distinct, seed):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(distinct, dims)).astype(np.float32)[rng.integers(0, distinct, n)]
+    centers, labels, rows = kmeans_centers(z, clusters, seed)
+    assert 1 <= len(centers) <= min(clusters, n)
+    assert sorted(set(labels.tolist())) == list(range(len(centers)))
+    np.testing.assert_array_equal(labels[rows], np.arange(len(centers)))
+    np.testing.assert_array_equal(z[rows], centers)
+
+
+def test_kmeans_gives_the_same_result_twice():
+    z = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
+    first, second = kmeans_centers(z, 10, seed=5), kmeans_centers(z, 10, seed=5)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_kmeans_refuses_a_latent_with_nan():
+    z = blobs()
+    z[7, 1] = np.nan
+    with pytest.raises(ValueError, match="1 of 120 rows"):
+        kmeans_centers(z, 3)
+
+
+def test_principal_components_rebuild_the_latent_and_order_its_variance():
+    z = np.random.default_rng(0).normal(size=(200, 4)) * [1, 5, 0.2, 2]
+    pca = principal_components(z)
+    np.testing.assert_allclose(pca.mean + pca.scores @ pca.components, z, atol=1e-5)
+    assert np.all(np.diff(pca.explained_variance_ratio) <= 0)
+    assert pca.explained_variance_ratio.sum() == pytest.approx(1)
+    assert np.abs(pca.components[0]).argmax() == 1
+
+
+def test_a_collapsed_latent_is_analysed_without_a_division_by_zero():
+    pca = principal_components(np.zeros((30, 3)))
+    assert np.isfinite(pca.scores).all()
+    assert not pca.explained_variance_ratio.any()
+    assert umap_embedding(np.zeros((30, 3))) is None
+
+
+def test_umap_keeps_blobs_apart_and_repeats_itself():
+    z = blobs()
+    umap = umap_embedding(z, seed=1)
+    np.testing.assert_array_equal(umap, umap_embedding(z, seed=1))
+    means = umap.reshape(3, 40, 2).mean(axis=1)
+    spread = umap.reshape(3, 40, 2).std(axis=1).max()
+    assert min(np.linalg.norm(means[i] - means[j]) for i, j in [(0, 1), (0, 2), (1, 2)]) > 2 * spread
+
+
+def test_particles_beyond_the_umap_limit_are_placed_among_their_neighbours():
+    z = blobs()
+    umap = umap_embedding(z, seed=1, fit_at_most=60)
+    centre = umap.reshape(3, 40, 2).mean(axis=1)
+    nearest = np.linalg.norm(umap[:, None] - centre[None], axis=2).argmin(axis=1)
+    assert (nearest.reshape(3, 40) == [[0], [1], [2]]).mean() == 1
+
+
+def test_a_pc_traversal_runs_between_the_percentiles_and_leaves_other_components_alone():
+    z = np.random.default_rng(0).normal(size=(1000, 3)) * [4, 1, 0.5]
+    pca = principal_components(z)
+    path = pc_traversal(pca, 1, n=7)
+    along = (path - pca.mean) @ pca.components.T
+    np.testing.assert_allclose(along[[0, -1], 0], np.percentile(pca.scores[:, 0], [5, 95]), atol=1e-4)
+    np.testing.assert_allclose(along[:, 1:], 0, atol=1e-5)
+    np.testing.assert_allclose(np.diff(along[:, 0], n=2), 0, atol=1e-4)
+
+
+def test_snapped_points_are_particles():
+    z = blobs()
+    snapped, rows = snap(np.array([[0.1, 0, 0], [0.1, 0, 0], [19.0, 0, 0]]), z)
+    np.testing.assert_array_equal(snapped, z[rows])
+    assert len(rows) == 2
+
+
+def test_a_direct_traversal_is_straight_and_passes_its_anchors():
+    path = direct_traversal(np.array([[0.0, 0], [3, 0], [3, 1]]), n=5)
+    np.testing.assert_allclose(path, [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1]])
+
+
+def test_a_graph_traversal_follows_the_data_where_a_straight_line_would_leave_them():
+    angle = np.linspace(0, np.pi, 200)
+    z = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    path, rows = graph_traversal(z, np.array([0, 199]), n=9)
+    assert rows[0] == 0
+    assert rows[-1] == 199
+    assert np.all(np.diff(rows) > 0)
+    np.testing.assert_allclose(np.linalg.norm(path, axis=1), 1, atol=1e-5)
+    straight = direct_traversal(z[[0, 199]], n=9)
+    assert np.linalg.norm(straight, axis=1).min() < 0.2
+
+
+def test_a_graph_traversal_connects_separate_blobs():
+    z = blobs()
+    _, rows = graph_traversal(z, np.array([45, 100]), n=10)
+    assert rows[0] == 45
+    assert rows[-1] == 100
+
+
+def test_robust_scores_ignore_the_outliers_they_measure():
+    values = np.r_[np.random.default_rng(0).normal(10, 2, 2000), [1e6] * 50]
+    score = robust_z_score(values)
+    assert np.abs(score[:2000]).max() < 5
+    assert score[:2000].std() == pytest.approx(1, abs=0.1)
+    assert score[2000:].min() > 1e4
+    assert not robust_z_score(np.ones(5)).any()
+
+
+def test_junk_is_flagged_by_loss_alone_by_norm_alone_and_when_the_loss_is_not_a_number():
+    rng = np.random.default_rng(0)
+    z, loss = rng.normal(size=(300, 4)), rng.normal(1, 0.1, 300)
+    z[0] = 40.0
+    loss[1] = 9.0
+    loss[2] = np.nan
+    junk = junk_scores(z, loss)
+    assert np.flatnonzero(junk.flagged).tolist() == [0, 1, 2]
+    assert np.flatnonzero(junk_scores(z, None).flagged).tolist() == [0]
+    assert junk.score.min() >= 0
+
+
+@pytest.mark.parametrize("ids", ["star", "cs"])
+def test_analyze_writes_the_tables_of_the_contract(tmp_path: Path, ids: str):
+    latent = make_latent(tmp_path / "run", ids=ids)
+    result = CliRunner().invoke(
+        app, ["analyze", str(tmp_path / "run"), "--clusters", "6", "--pcs", "2", "--points", "5"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert result.stdout.strip() == str(tmp_path / "run" / "analysis")
+    folder = tmp_path / "run" / "analysis"
+    table = pd.read_parquet(folder / "particles.parquet")
+    assert table["particle_id"].tolist() == latent["particle_id"].tolist()
+    assert {"cluster", "junk_score", "junk", "pc_1", "pc_2", "pc_3", "umap_1", "umap_2"} <= set(table.columns)
+    assert np.flatnonzero(table["junk"]).tolist() == list(range(235, 240))
+    centers = pd.read_parquet(folder / "centers.parquet")
+    assert centers["n"].sum() == 240
+    at_center = latent.set_index("particle_id").loc[centers["particle_id"], ["z_0", "z_1", "z_2"]]
+    np.testing.assert_array_equal(at_center.to_numpy(), centers[["z_0", "z_1", "z_2"]].to_numpy())
+    np.testing.assert_allclose(read_z(folder / "centers.csv"), at_center.to_numpy(), rtol=1e-6)
+    assert (folder / "centers.csv").read_text().splitlines()[0] == "z_0,z_1,z_2"
+    for name in ("pc1", "pc2", "direct"):
+        assert read_z(folder / f"traversal_{name}.csv").shape == (5, 3)
+    assert json.loads((folder / "analysis.json").read_text())["n_junk"] == 5
+
+
+def test_analyze_repeats_itself_to_the_byte(tmp_path: Path):
+    make_latent(tmp_path / "run")
+    written = []
+    for _ in range(2):
+        analyze_run(tmp_path / "run", AnalysisSettings(clusters=5))
+        files = sorted((tmp_path / "run" / "analysis").iterdir())
+        written.append({path.name: path.read_bytes() for path in files})
+    assert written[0] == written[1]
+
+
+def test_analyze_again_with_fewer_components_leaves_no_stale_traversal_and_keeps_the_users_files(tmp_path):
+    make_latent(tmp_path)
+    analyze_run(tmp_path, AnalysisSettings(clusters=4, umap=False, pcs=3))
+    (tmp_path / "analysis" / "mine.txt").write_text("1\n")
+    analyze_run(tmp_path, AnalysisSettings(clusters=4, umap=False, pcs=1))
+    names = {path.name for path in (tmp_path / "analysis").iterdir()}
+    assert "traversal_pc3.csv" not in names
+    assert {"traversal_pc1.csv", "mine.txt"} <= names
+
+
+def test_a_run_of_five_particles_is_analysed_without_umap(tmp_path: Path):
+    make_latent(tmp_path, n=5)
+    summary = analyze_run(tmp_path, AnalysisSettings())
+    assert summary["n_clusters"] <= 5
+    assert summary["umap"] is False
+
+
+def test_one_particle_alone_is_analysed(tmp_path: Path):
+    make_latent(tmp_path, n=1)
+    assert analyze_run(tmp_path)["n_clusters"] == 1
+
+
+def test_paths_pass_the_clusters_asked_for(tmp_path: Path):
+    make_latent(tmp_path)
+    analyze_run(tmp_path, AnalysisSettings(clusters=6, umap=False, through=(4, 1), points=6))
+    centers = read_z(tmp_path / "analysis" / "centers.csv")
+    for name in ("direct", "graph"):
+        path = read_z(tmp_path / "analysis" / f"traversal_{name}.csv")
+        np.testing.assert_allclose(path[[0, -1]], centers[[4, 1]], rtol=1e-6)
+    with pytest.raises(ConfigError, match="no cluster 6; there are 0 to 5"):
+        analyze_run(tmp_path, AnalysisSettings(clusters=6, umap=False, through=(0, 6)))
+
+
+def test_a_missing_latent_table_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(InputFormatError, match=r"latent\.parquet: no such file; train"):
+        analyze_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.assign(z_1=np.nan), "not finite in 240 of 240 rows"),
+        (lambda t: t.assign(particle_id="same"), "repeats in 239 of 240 rows"),
+        (lambda t: t.drop(columns=["z_0", "z_1", "z_2"]), "columns particle_id and z_0"),
+        (lambda t: t.iloc[:0], "no rows"),
+    ],
+)
+def test_a_damaged_latent_table_is_refused_with_what_is_wrong(tmp_path: Path, damage, message: str):
+    damage(make_latent(tmp_path)).to_parquet(tmp_path / "latent.parquet", index=False)
+    with pytest.raises(InputFormatError, match=message):
+        read_latents(tmp_path)
+
+
+def test_a_truncated_latent_table_is_refused(tmp_path: Path):
+    make_latent(tmp_path)
+    whole = (tmp_path / "latent.parquet").read_bytes()
+    (tmp_path / "latent.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputFormatError, match="not a readable Parquet table"):
+        read_latents(tmp_path)
+
+
+def test_metrics_survive_a_line_cut_short_and_count_a_repeated_epoch_once(tmp_path: Path):
+    lines = [{"kind": "epoch", "epoch": e, "loss": loss} for e, loss in [(1, 3.0), (2, 2.0), (2, 2.5)]]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "epo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [3.0, 2.5]
