@@ -126,3 +126,47 @@ def train(
         typer.echo(f"stopped and saved; go on with the same command and --resume ({stopped})", err=True)
         raise typer.Exit(128 + stopped.signal_number) from None
     typer.echo(run / "latent.parquet")
+
+
+@app.command("volumes", rich_help_panel=MODEL)
+def volumes(
+    run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    z: Annotated[
+        Path | None, typer.Option("--z", "--traversal", help="csv with header z_0,z_1,…: one volume per row.")
+    ] = None,
+    kmeans: Annotated[int | None, typer.Option(min=1, help="At this many k-means centres.")] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="One volume, at the mean latent of these particles.")
+    ] = None,
+    pc: Annotated[int | None, typer.Option(help="Along this principal component, from 1.")] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Number of volumes along --pc.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --kmeans.")] = 0,
+    source: Annotated[str, typer.Option(help="Where density comes from: decoder.")] = "decoder",
+    box_size: Annotated[int | None, typer.Option(help="Decode on a coarser grid of this box, px.")] = None,
+    low_pass_a: Annotated[float | None, typer.Option(help="Remove detail finer than this, Å.")] = None,
+    flip_hand: Annotated[bool, typer.Option("--flip-hand", help="Mirror the maps.")] = False,
+    crop_px: Annotated[int | None, typer.Option(help="Cut the maps to this box in real space, px.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+) -> None:
+    """Draw volumes at points of the latent space.
+
+    Writes vol_000.mrc … and volumes.parquet with the latent of each. A decoder draws a map at any z, right or
+    wrong: stay where particles are.
+
+    Example: cryodrgn-pipeline volumes runs/first --kmeans 20 -o runs/first/volumes
+    """
+    if source != "decoder":
+        raise ConfigError(f"--source {source}: expected decoder")
+    import torch
+
+    from cryodrgn_pipeline.training.run import choose_device
+    from cryodrgn_pipeline.volumes import MapOptions, decode_volumes, latents_for
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    latents = latents_for(run, z_table=z, kmeans=kmeans, ids=ids, pc=pc, n=n, seed=seed)
+    options = MapOptions(box_size_px=box_size, low_pass_a=low_pass_a, flip_hand=flip_hand, crop_px=crop_px)
+    for path in decode_volumes(run, latents, output, options, choose_device(device)):
+        typer.echo(path)

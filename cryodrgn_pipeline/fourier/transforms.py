@@ -15,13 +15,15 @@ from torch import Tensor
 def centred_fft(x: Tensor, ndim: int = 2) -> Tensor:
     """Centred transform over the last `ndim` axes: `(..., D, D)` real or complex → `(..., D, D)` complex."""
     axes = tuple(range(-ndim, 0))
-    return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, dim=axes), dim=axes), dim=axes)
+    f: Tensor = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, dim=axes), dim=axes), dim=axes)
+    return f
 
 
 def centred_ifft(f: Tensor, ndim: int = 2) -> Tensor:
     """Inverse of `centred_fft`: `(..., D, D)` complex → `(..., D, D)` complex."""
     axes = tuple(range(-ndim, 0))
-    return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(f, dim=axes), dim=axes), dim=axes)
+    x: Tensor = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(f, dim=axes), dim=axes), dim=axes)
+    return x
 
 
 def hartley(x: Tensor, ndim: int = 2) -> Tensor:
@@ -55,6 +57,10 @@ class HalfPlane:
         """The same half plane with its index tensors on `device`."""
         return HalfPlane(box_size_px=self.box_size_px, ky=self.ky.to(device), kx=self.kx.to(device))
 
+    def at(self, points: Tensor | slice) -> HalfPlane:
+        """The half plane's chosen points (indices or a slice)."""
+        return HalfPlane(box_size_px=self.box_size_px, ky=self.ky[points], kx=self.kx[points])
+
     @property
     def radius(self) -> Tensor:
         """|k| in cycles per box, `(P,)` float32."""
@@ -80,7 +86,7 @@ def half_plane_coefficients(images: Tensor, plane: HalfPlane) -> Tensor:
     d = plane.box_size_px
     if images.shape[-2:] != (d, d):
         raise ValueError(f"images of {tuple(images.shape[-2:])} px do not fit a half plane of {d} px")
-    spectrum = torch.fft.rfft2(images).flatten(-2)
+    spectrum: Tensor = torch.fft.rfft2(images).flatten(-2)
     index = (plane.ky % d) * (d // 2 + 1) + plane.kx
     sign = 1.0 - 2.0 * ((plane.ky + plane.kx) % 2)  # moves the origin from index 0 to D/2
     return spectrum[..., index] * sign
@@ -98,4 +104,5 @@ def images_from_half_plane(coefficients: Tensor, plane: HalfPlane) -> Tensor:
     spectrum[..., (plane.ky % d) * (d // 2 + 1) + plane.kx] = coefficients * sign
     on_axis = (plane.kx == 0) & (plane.ky < d // 2)  # irfft2 wants both halves of the kx = 0 column
     spectrum[..., (-plane.ky[on_axis] % d) * (d // 2 + 1)] = (coefficients * sign)[..., on_axis].conj()
-    return torch.fft.irfft2(spectrum.unflatten(-1, (d, d // 2 + 1)), s=(d, d))
+    images: Tensor = torch.fft.irfft2(spectrum.reshape(*lead, d, d // 2 + 1), s=(d, d))
+    return images

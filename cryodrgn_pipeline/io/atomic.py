@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from cryodrgn_pipeline.errors import ConfigError
 
 
 @contextmanager
@@ -36,12 +39,29 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
+def replacing_directory(path: Path, ours: Collection[str] = ("*",)) -> Iterator[Path]:
     """Give a temporary folder beside `path`; when the block ends well it takes `path`'s place.
 
     An older folder at `path` is removed only after the new one is complete.
+
+    Parameters
+    ----------
+    path
+        Folder to write.
+    ours
+        Name patterns of what may lie in an older folder; one with anything else in it is refused with a
+        `ConfigError`, so that a user's files are never removed.
     """
     path = Path(path)
+    if path.is_dir():
+        foreign = sorted(
+            entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in ours)
+        )
+        if foreign:
+            raise ConfigError(
+                f"{path}: holds {len(foreign)} entries that are not this step's output, e.g. {foreign[0]!r}; "
+                "writing there would remove them. Choose another -o, or move them away."
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.fourier.ctf import ctf
+from cryodrgn_pipeline.fourier.slices import slice_coordinates
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.stack import Stack
@@ -38,10 +39,9 @@ class Batch:
 
     def coordinates(self, plane: HalfPlane, points: Tensor | slice, images: slice) -> Tensor:
         """Where chosen half-plane points of chosen images lie in the volume: `(b, Q, 3)` cycles per pixel."""
-        kx = plane.kx[points, None].float() / plane.box_size_px
-        ky = plane.ky[points, None].float() / plane.box_size_px
-        axes = self.rotation[images] * self.magnification[images, None, None]
-        return kx * axes[:, None, 0, :] + ky * axes[:, None, 1, :]
+        chosen = plane.at(points)
+        cycles_per_box = slice_coordinates(chosen, self.rotation[images], self.magnification[images])
+        return cycles_per_box / plane.box_size_px
 
     def transfer(self, points: Tensor | slice, images: slice) -> Tensor:
         """What turns volume into image coefficients, `(b, Q)`: the CTF, and finer pixels hold less each."""

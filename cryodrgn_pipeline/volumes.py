@@ -1,0 +1,204 @@
+"""Volumes decoded from a trained model: at given latents, at k-means centres, or along a path."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.fourier.density import (
+    crop_real,
+    density_from_half_ball,
+    half_ball,
+    low_pass,
+    mirror,
+    solvent_level,
+)
+from cryodrgn_pipeline.io.atomic import replacing, replacing_directory
+from cryodrgn_pipeline.io.checkpoints import TrainedModel, load_model
+from cryodrgn_pipeline.io.ids import read_id_rows
+from cryodrgn_pipeline.io.mrc import write_volume
+from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.embed import principal_components
+from cryodrgn_pipeline.landscape.traverse import pc_traversal
+from cryodrgn_pipeline.progress import progress
+
+log = logging.getLogger(__name__)
+
+OURS = ("vol_*.mrc", "volumes.parquet")
+POINTS_AT_ONCE = {"cpu": 16_384, "cuda": 1_000_000}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapOptions:
+    """What is done to each decoded map, in this order.
+
+    `box_size_px`: decode on a coarser grid of this even box (larger voxels, same field of view).
+    `low_pass_a`: remove finer detail. `flip_hand`: mirror. `crop_px`: cut to this cube in real space.
+    """
+
+    box_size_px: int | None = None
+    low_pass_a: float | None = None
+    flip_hand: bool = False
+    crop_px: int | None = None
+
+
+@torch.no_grad()
+def decode_volume(
+    model: TrainedModel, z: NDArray[np.floating[Any]], options: MapOptions
+) -> tuple[Tensor, float]:
+    """The map of one latent: `(d, d, d)` float32 density, solvent at 0, and its voxel size in Å.
+
+    The decoder is asked at k and −k and the Hermitian mean is taken; the density is in the grey scale of
+    the images (a projection sums voxels), at any decoded box.
+
+    Parameters
+    ----------
+    model
+        Weights with their normalisation.
+    z
+        `(latent_dim,)` latent coordinates.
+    options
+        Box, filter, hand and crop of the map.
+    """
+    full = model.box_size_px
+    d = options.box_size_px or full
+    device = next(model.vae.parameters()).device
+    points = half_ball(d, min(d / 2, model.vae.config.mask_radius * full / 2))
+    coordinates = points.flip(1).to(device, torch.float32) / full
+    latent = torch.as_tensor(np.asarray(z, dtype=np.float32), device=device)[None]
+    values = []
+    for part in torch.split(coordinates, POINTS_AT_ONCE[device.type]):
+        both = model.vae.decoder(torch.stack([part, -part]), latent.expand(2, -1))
+        values.append((both[0] + both[1].conj()) / 2)
+    coefficients = torch.cat(values).cpu() * (model.scale * (d / full) ** 3)
+    density = density_from_half_ball(coefficients, points, d)
+    density -= solvent_level(density)
+    voxel_size_a = model.pixel_size_a * full / d
+    if options.low_pass_a is not None:
+        density = low_pass(density, voxel_size_a, options.low_pass_a)
+    if options.flip_hand:
+        density = mirror(density)
+    if options.crop_px is not None:
+        density = crop_real(density, options.crop_px)
+    return density, voxel_size_a
+
+
+def decode_volumes(
+    run: Path, z: NDArray[np.floating[Any]], output: Path, options: MapOptions, device: torch.device
+) -> list[Path]:
+    """Decode one map per row of `z` into `output`: `vol_000.mrc` … and `volumes.parquet`; the maps' paths.
+
+    The folder appears whole or not at all. Raises `ConfigError` when box, crop or filter do not fit.
+    """
+    model = load_model(run, device)
+    _check(options, model)
+    if z.shape[1] != model.vae.config.latent_dim:
+        raise ConfigError(f"z has {z.shape[1]} columns, the model of {run} has {model.vae.config.latent_dim}")
+    names = [f"vol_{i:03d}.mrc" for i in range(len(z))]
+    with (
+        replacing_directory(output, ours=OURS) as folder,
+        progress("decoding volumes", len(z), "volumes") as advance,
+    ):
+        for name, latent in zip(names, z, strict=True):
+            density, voxel_size_a = decode_volume(model, latent, options)
+            label = "decoded at z " + " ".join(f"{value:.2g}" for value in latent)
+            write_volume(folder / name, density.numpy(), voxel_size_a, label)
+            advance(1)
+        columns = {"path": pa.array(names)}
+        columns |= {f"z_{j}": pa.array(z[:, j].astype(np.float32)) for j in range(z.shape[1])}
+        with replacing(folder / "volumes.parquet") as temporary:
+            pq.write_table(pa.table(columns), temporary)
+    return [output / name for name in names]
+
+
+def read_latents(run: Path) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Particle ids `(N,)` and latents `(N, z)` of a run; `InputFormatError` where there are none."""
+    path = run / "latent.parquet"
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InputFormatError(f"{path}: no such file. Expected the output of a finished `train`.") from None
+    except pa.ArrowInvalid as error:
+        raise InputFormatError(f"{path}: not a Parquet table ({error}). Train again.") from error
+    names = [name for name in table.column_names if name.startswith("z_")]
+    z = np.stack([table[name].to_numpy() for name in names], axis=1)
+    return table["particle_id"].to_numpy(), z
+
+
+def read_z_table(path: Path) -> NDArray[np.float32]:
+    """Latents `(n, z)` from a csv with the header `z_0,z_1,…`, one volume per row."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputFormatError(f"{path}: no such file. Expected a csv with the header z_0,z_1,…") from None
+    header = [name.strip() for name in lines[0].split(",")] if lines else []
+    if not header or header != [f"z_{j}" for j in range(len(header))]:
+        raise InputFormatError(f"{path}: the header is {','.join(header)!r}, expected z_0,z_1,…")
+    try:
+        z = np.array([[float(word) for word in line.split(",")] for line in lines[1:]], dtype=np.float32)
+    except ValueError as error:
+        raise InputFormatError(f"{path}: {error}. Expected {len(header)} numbers in each row.") from error
+    if z.ndim != 2 or z.shape[1] != len(header) or not np.isfinite(z).all():
+        raise InputFormatError(
+            f"{path}: {len(lines) - 1} rows that are not all {len(header)} finite numbers. "
+            "Expected one volume a row."
+        )
+    return z
+
+
+def latents_for(
+    run: Path,
+    *,
+    z_table: Path | None,
+    kmeans: int | None,
+    ids: Path | None,
+    pc: int | None,
+    n: int,
+    seed: int,
+) -> NDArray[np.float32]:
+    """The latents to decode, by whichever one of the four ways is given.
+
+    Parameters
+    ----------
+    z_table
+        A csv of latents. `kmeans`: that many cluster centres, each a particle's own latent.
+        `ids`: the mean latent of these particles. `pc`: `n` points along that principal component, from 1.
+    """
+    chosen: Sequence[object | None] = [z_table, kmeans, ids, pc]
+    if sum(way is not None for way in chosen) != 1:
+        raise ConfigError("give exactly one of --z, --kmeans, --ids and --pc")
+    if z_table is not None:
+        return read_z_table(z_table)
+    particle_id, z = read_latents(run)
+    if kmeans is not None:
+        return kmeans_centers(z, kmeans, seed)[0]
+    if ids is not None:
+        rows = read_id_rows(ids, particle_id, f"the run {run}")
+        mean: NDArray[np.float32] = z[rows].mean(axis=0, keepdims=True)
+        return mean
+    components = principal_components(z)
+    if pc is None or not 1 <= pc <= len(components.components):
+        raise ConfigError(f"--pc {pc}: expected 1 to {len(components.components)}")
+    return pc_traversal(components, pc, n)
+
+
+def _check(options: MapOptions, model: TrainedModel) -> None:
+    full, box, crop = model.box_size_px, options.box_size_px, options.crop_px
+    if box is not None and (box % 2 or not 2 <= box <= full):
+        raise ConfigError(f"--box-size {box}: expected an even number up to the model's {full} px")
+    if crop is not None and (crop % 2 or not 2 <= crop <= (box or full)):
+        raise ConfigError(f"--crop-px {crop}: expected an even number up to the map's {box or full} px")
+    nyquist = 2 * model.pixel_size_a * full / (box or full)
+    if options.low_pass_a is not None and options.low_pass_a < nyquist:
+        raise ConfigError(f"--low-pass-a {options.low_pass_a}: finer than the map's Nyquist, {nyquist:.2f} Å")
