@@ -1,19 +1,3 @@
-def analyze_options(wildcards):
-    given = settings("analyze", run_of(wildcards))
-    through = ",".join(str(cluster) for cluster in given["through"])
-    flags = {
-        "clusters": "--clusters",
-        "principal_components": "--pcs",
-        "traversal_points": "--points",
-        "snap": "--snap/--no-snap",
-        "umap": "--umap/--no-umap",
-        "umap_max_particles": "--umap-max",
-        "junk_threshold": "--junk-threshold",
-        "seed": "--seed",
-    }
-    return [*options(given, flags), *(["--through", through] if through else [])]
-
-
 rule analyze_latent:
     input:
         latent="<results>/{dataset}/{subset}/{run}/latent.parquet",

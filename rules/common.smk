@@ -7,8 +7,8 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 # The command line that belongs to this Snakemake, also when its environment is not activated.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ["PATH"]]
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
 )
 
 
@@ -109,6 +109,226 @@ def runtime_for(step):
 
 def gpus_for(step):
     return config["resources"][step]["gpus"]
+
+
+# ── Import ──
+
+
+def import_files(wildcards):
+    dataset = dataset_of(wildcards)
+    return [local(dataset["particles"])]
+
+
+def passthrough_files(wildcards):
+    return [local(path) for path in dataset_of(wildcards)["passthrough"]]
+
+
+def passthrough_options(wildcards):
+    return options(dataset_of(wildcards), {"passthrough": "--passthrough"})
+
+
+def import_options(wildcards):
+    dataset = dataset_of(wildcards)
+    columns = [f"{key}={value}" for key, value in dataset["set"].items()]
+    conventions = {
+        "transpose_rotations": "--transpose-rotations",
+        "negate_shifts": "--negate-shifts",
+        "mirror_hand": "--mirror-hand",
+        "shift_scale": "--shift-scale",
+    }
+    return [
+        *options(dataset, {"datadir": "--datadir", "class": "--class"}),
+        *options({"set": columns}, {"set": "--set"}),
+        *options(dataset["conventions"], conventions),
+    ]
+
+
+# ── Preprocess and consensus ──
+
+
+def preprocess_options(wildcards):
+    given = settings("preprocess", dataset_of(wildcards))
+    flags = {
+        "window_inner": "--window-inner",
+        "window_outer": "--window-outer",
+        "dtype": "--dtype",
+    }
+    return options(given, flags)
+
+
+def reference_map(wildcards):
+    reference = dataset_of(wildcards)["reference"]
+    return [local(reference)] if reference else []
+
+
+def consensus_options(wildcards):
+    given = settings("consensus", dataset_of(wildcards))
+    check = given["check"] or "off"  # YAML reads a bare `off` as false
+    named = options(dataset_of(wildcards), {"reference": "--reference"})
+    return ["--check", check, *named]
+
+
+# ── Subsets ──
+
+
+def subset_of(wildcards):
+    return dataset_of(wildcards)["subsets"][wildcards.subset]
+
+
+def source_run(wildcards):
+    """The run, on its own subset, whose analysis a derived subset is chosen from."""
+    subset = subset_of(wildcards)
+    if not subset["from_run"]:
+        raise WorkflowError(
+            f"datasets.{wildcards.dataset}.subsets.{wildcards.subset}: needs ids or from_run"
+        )
+    return run_dir(wildcards.dataset, subset["from_subset"], subset["from_run"])
+
+
+def source_analysis(wildcards):
+    return f"{source_run(wildcards)}/analysis/particles.parquet"
+
+
+def source_latent(wildcards):
+    return f"{source_run(wildcards)}/latent.parquet"
+
+
+def select_options(wildcards):
+    subset = subset_of(wildcards)
+    clusters = ",".join(str(cluster) for cluster in subset["clusters"])
+    flags = {"ranges": "--range", "where": "--where", "without_junk": "--no-junk"}
+    return [
+        *(["--cluster", clusters] if clusters else []),
+        *options(subset, flags | {"invert": "--invert"}),
+    ]
+
+
+def id_file(wildcards):
+    """The id file that a training is restricted to; none for all particles."""
+    if wildcards.subset == "all":
+        return []
+    listed = subset_of(wildcards)["ids"]
+    return (
+        local(listed)
+        if listed
+        else f"<results>/{wildcards.dataset}/{wildcards.subset}/ids.txt"
+    )
+
+
+# ── Training ──
+
+
+def training_stack(wildcards):
+    return f"{stack_dir(wildcards)}/stack.json"
+
+
+def checked_consensus(wildcards):
+    return f"{consensus_dir(wildcards)}/consensus.json"
+
+
+def subset_option(wildcards):
+    return [] if wildcards.subset == "all" else ["--subset"]
+
+
+def train_options(wildcards):
+    flags = {
+        "method": "--method",
+        "latent_dim": "--latent-dim",
+        "epochs": "--epochs",
+        "batch_size": "--batch-size",
+        "learning_rate": "--learning-rate",
+        "beta": "--beta",
+        "encoder_layers": "--encoder-layers",
+        "encoder_width": "--encoder-width",
+        "encoder_type": "--encoder-type",
+        "decoder_layers": "--decoder-layers",
+        "decoder_width": "--decoder-width",
+        "positional_encoding": "--positional-encoding",
+        "domain": "--domain",
+        "mask_radius": "--mask-radius",
+        "coordinate_fraction": "--coordinate-fraction",
+        "held_out_fraction": "--held-out-fraction",
+        "checkpoint_every_epochs": "--checkpoint-every-epochs",
+        "checkpoint_every_minutes": "--checkpoint-every-minutes",
+        "seed": "--seed",
+        "device": "--device",
+        "in_memory": "--in-memory/--lazy",
+        "amp": "--amp/--no-amp",
+    }
+    return options(settings("train", run_of(wildcards)), flags)
+
+
+# ── Analysis ──
+
+
+def analyze_options(wildcards):
+    given = settings("analyze", run_of(wildcards))
+    through = ",".join(str(cluster) for cluster in given["through"])
+    flags = {
+        "clusters": "--clusters",
+        "principal_components": "--pcs",
+        "traversal_points": "--points",
+        "snap": "--snap/--no-snap",
+        "umap": "--umap/--no-umap",
+        "umap_max_particles": "--umap-max",
+        "junk_threshold": "--junk-threshold",
+        "seed": "--seed",
+    }
+    return [*options(given, flags), *(["--through", through] if through else [])]
+
+
+# ── Volumes ──
+
+
+def series_of(wildcards):
+    """The volume series that a run asks for: cluster centres, components, paths."""
+    given = settings("volumes", run_of(wildcards))
+    drawn = settings("analyze", run_of(wildcards))["principal_components"]
+    components = min(given["principal_components"], drawn)
+    return [
+        *(["centers"] if given["centers"] else []),
+        *(f"pc{number}" for number in range(1, components + 1)),
+        *(["direct"] if given["direct_path"] else []),
+        *(["graph"] if given["graph_path"] else []),
+    ]
+
+
+def latent_points(wildcards, input):
+    """The file of z that analyze wrote for a series, beside its summary."""
+    series = wildcards.series
+    name = "centers.csv" if series == "centers" else f"traversal_{series}.csv"
+    return os.path.join(os.path.dirname(input.analysis), name)
+
+
+def volumes_options(wildcards):
+    flags = {
+        "source": "--source",
+        "box_size_px": "--box-size",
+        "low_pass_a": "--low-pass-a",
+        "flip_hand": "--flip-hand",
+        "crop_px": "--crop-px",
+        "device": "--device",
+    }
+    return options(settings("volumes", run_of(wildcards)), flags)
+
+
+# ── Report ──
+
+
+def volume_tables(wildcards):
+    folder = run_dir(wildcards.dataset, wildcards.subset, wildcards.run)
+    return [
+        f"{folder}/volumes/{series}/volumes.parquet" for series in series_of(wildcards)
+    ]
+
+
+def volume_options(wildcards, input):
+    folders = [os.path.dirname(table) for table in input.volumes]
+    return [word for folder in folders for word in ("--volumes", folder)]
+
+
+def import_manifest(wildcards):
+    return f"<results>/{wildcards.dataset}/import/import.json"
 
 
 wildcard_constraints:

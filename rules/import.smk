@@ -1,32 +1,3 @@
-def import_files(wildcards):
-    dataset = dataset_of(wildcards)
-    return [local(dataset["particles"])]
-
-
-def passthrough_files(wildcards):
-    return [local(path) for path in dataset_of(wildcards)["passthrough"]]
-
-
-def passthrough_options(wildcards):
-    return options(dataset_of(wildcards), {"passthrough": "--passthrough"})
-
-
-def import_options(wildcards):
-    dataset = dataset_of(wildcards)
-    columns = [f"{key}={value}" for key, value in dataset["set"].items()]
-    conventions = {
-        "transpose_rotations": "--transpose-rotations",
-        "negate_shifts": "--negate-shifts",
-        "mirror_hand": "--mirror-hand",
-        "shift_scale": "--shift-scale",
-    }
-    return [
-        *options(dataset, {"datadir": "--datadir", "class": "--class"}),
-        *options({"set": columns}, {"set": "--set"}),
-        *options(dataset["conventions"], conventions),
-    ]
-
-
 rule import_particles:
     input:
         particles=import_files,

@@ -1,25 +1,3 @@
-def preprocess_options(wildcards):
-    given = settings("preprocess", dataset_of(wildcards))
-    flags = {
-        "window_inner": "--window-inner",
-        "window_outer": "--window-outer",
-        "dtype": "--dtype",
-    }
-    return options(given, flags)
-
-
-def reference_map(wildcards):
-    reference = dataset_of(wildcards)["reference"]
-    return [local(reference)] if reference else []
-
-
-def consensus_options(wildcards):
-    given = settings("consensus", dataset_of(wildcards))
-    check = given["check"] or "off"  # YAML reads a bare `off` as false
-    named = options(dataset_of(wildcards), {"reference": "--reference"})
-    return ["--check", check, *named]
-
-
 rule preprocess_images:
     input:
         particles="<results>/{dataset}/import/particles.parquet",

@@ -1,19 +1,3 @@
-def volume_tables(wildcards):
-    folder = run_dir(wildcards.dataset, wildcards.subset, wildcards.run)
-    return [
-        f"{folder}/volumes/{series}/volumes.parquet" for series in series_of(wildcards)
-    ]
-
-
-def volume_options(wildcards, input):
-    folders = [os.path.dirname(table) for table in input.volumes]
-    return [word for folder in folders for word in ("--volumes", folder)]
-
-
-def import_manifest(wildcards):
-    return f"<results>/{wildcards.dataset}/import/import.json"
-
-
 rule write_report:
     input:
         manifest="<results>/{dataset}/{subset}/{run}/run.json",
