@@ -1,0 +1,125 @@
+"""The images of a stack as a reconstruction needs them: Fourier coefficients, CTFs, directions, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.ctf import ctf
+from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
+
+if TYPE_CHECKING:
+    from cryodrgn_pipeline.particles import ParticleSet
+    from cryodrgn_pipeline.stack import Stack
+
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FourierImages:
+    """B images as a reconstruction needs them: half-plane coefficients, CTFs and directions.
+
+    `coefficients` `(B, P)` complex64; `ctf` `(B, P)` float32, what the density's slice is multiplied by (the
+    CTF times the square of volume over image pixel size); `rotation` `(B, 3, 3)` float32, object to image;
+    `scale` `(B,)` float32, volume over image pixel size; `noise_group` `(B,)` int64.
+    """
+
+    plane: HalfPlane
+    coefficients: Tensor
+    ctf: Tensor
+    rotation: Tensor
+    scale: Tensor
+    noise_group: Tensor
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+
+def noise_weights(noise: dict[int, NDArray[np.float64]], plane: HalfPlane) -> tuple[Tensor, dict[int, int]]:
+    """One over the noise power of each optics group at the half plane.
+
+    Parameters
+    ----------
+    noise
+        Optics group → `(D/2+1,)` noise power of unnormalised Fourier coefficients per shell.
+
+    Returns
+    -------
+    `(G, P)` float32, scaled to mean 1, and the row of each optics group.
+    """
+    radius = plane.radius.numpy()
+    rows = {group: row for row, group in enumerate(sorted(noise))}
+    table = np.empty((len(rows), len(plane)))
+    for group, row in rows.items():
+        power = noise[group]
+        table[row] = np.interp(radius, np.arange(len(power)), power)
+    if not np.isfinite(table).all() or (table <= 0).any():
+        raise ValueError("a noise spectrum holds values that are not positive numbers")
+    weight = 1 / table
+    return torch.from_numpy(weight / weight.mean()).float(), rows
+
+
+def image_ctf(particles: ParticleSet, rows: NDArray[Any], plane: HalfPlane, pixel_size_a: float) -> Tensor:
+    """What a slice of the density is multiplied by to give each image: CTF times (p / p_image)², `(B, P)`."""
+    optics, defocus = particles.optics, particles.ctf
+
+    def column(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.asarray(values[rows], dtype=np.float32))
+
+    spacing = 1 / (column(optics.pixel_size_a) * plane.box_size_px)
+    if len(torch.unique(spacing)) == 1:
+        ky, kx = plane.ky * spacing[0], plane.kx * spacing[0]
+    else:
+        ky, kx = plane.ky * spacing[:, None], plane.kx * spacing[:, None]
+    values = ctf(
+        ky,
+        kx,
+        defocus_u_a=column(defocus.defocus_u_a),
+        defocus_v_a=column(defocus.defocus_v_a),
+        defocus_angle_deg=column(defocus.defocus_angle_deg),
+        voltage_kv=column(optics.voltage_kv),
+        cs_mm=column(optics.cs_mm),
+        amplitude_contrast=column(optics.amplitude_contrast),
+        phase_shift_deg=column(defocus.phase_shift_deg),
+    )
+    scale = pixel_size_a / column(optics.pixel_size_a)
+    return values if bool((scale == 1).all()) else values * scale[:, None] ** 2
+
+
+def stream(
+    stack: Stack, rows: NDArray[np.int64], plane: HalfPlane, groups: dict[int, int]
+) -> Iterator[tuple[slice, FourierImages]]:
+    """Images of the given rows (sorted reads fastest) in chunks: their place in `rows`, and their data."""
+    particles, p = stack.particles, stack.pixel_size_a
+    poses = particles.require_poses("reconstruction")
+    group_row = np.array(
+        [groups[int(group)] for group in particles.optics.optics_group[rows]], dtype=np.int64
+    )
+    chunk = max(1, CHUNK_BYTES // (4 * stack.box_size_px**2))
+    starts = range(0, len(rows), chunk)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(stack.read, rows[0:chunk])
+        for start in starts:
+            images = torch.from_numpy(coming.result())
+            part = slice(start, min(start + chunk, len(rows)))
+            coming = reader.submit(stack.read, rows[part.stop : part.stop + chunk])
+            here = rows[part]
+            scale = p / particles.optics.pixel_size_a[here]
+            yield (
+                part,
+                FourierImages(
+                    plane=plane,
+                    coefficients=half_plane_coefficients(images, plane),
+                    ctf=image_ctf(particles, here, plane, p),
+                    rotation=torch.from_numpy(poses.rotation[here].astype(np.float32)),
+                    scale=torch.from_numpy(scale.astype(np.float32)),
+                    noise_group=torch.from_numpy(group_row[part]),
+                ),
+            )
