@@ -129,3 +129,62 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"{option} {text!r}: whole numbers separated by commas expected, such as 0,3"
         ) from error
+
+
+@app.command("evaluate", rich_help_panel=RESULTS)
+def evaluate_verb(
+    truth: Annotated[
+        Path, typer.Option(help="Truth folder of a simulated set (or the set's folder).", show_default=False)
+    ],
+    volumes: Annotated[
+        Path | None, typer.Argument(help="Folder that volumes wrote.", show_default=False)
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Score this run's latent; match volumes by z.", show_default=False)
+    ] = None,
+    particles: Annotated[
+        Path | None, typer.Option(help="One particle id per volume, in order.", show_default=False)
+    ] = None,
+    write_points: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the z of 100 evenly spaced particles of the run, for `volumes --z`.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Default: metrics.json in VOLUMES; RUN/evaluation.json without volumes."
+        ),
+    ] = None,
+) -> None:
+    """Score volumes and latents against a known truth.
+
+    Volumes: FSC-AUC (CryoBench's definition) against the true state of each volume's particle, unmasked,
+    within the union of the states, and within what moves. Latents: 20-NN R² of the true coordinates, and
+    leakage of viewing direction and defocus.
+
+    Example: cryodrgn-pipeline evaluate runs/first/volumes --truth simulated/truth --run runs/first
+    """
+    from cryodrgn_pipeline.evaluate import evaluate, sample_points
+    from cryodrgn_pipeline.io.atomic import write_json
+    from cryodrgn_pipeline.io.runs import write_z
+
+    if volumes is None and run is None:
+        raise ConfigError("nothing to evaluate: name a folder of volumes, --run RUN, or both")
+    if write_points is not None:
+        if run is None:
+            raise ConfigError("--write-points needs --run RUN: it takes the points from that run's latent")
+        write_z(write_points, sample_points(run, truth)[1])
+    metrics = evaluate(volumes, truth, run=run, particles=particles)
+    if output is None:
+        output = volumes / "metrics.json" if volumes is not None else (run or Path()) / "evaluation.json"
+    write_json(output, metrics)
+    for name, value in metrics.get("fsc_auc", {}).items():
+        typer.echo(f"FSC-AUC {name:9} {value:.3f}  (ceiling {metrics['ceiling']:.3f}, {metrics['compared']})")
+    for name, value in metrics.get("latent", {}).get("r2", {}).items():
+        typer.echo(f"R2 of {name} from z  {value:.3f}")
+    for name, value in metrics.get("latent", {}).get("leakage", {}).items():
+        typer.echo(f"leakage of {name}  {value:.3f}")
+    typer.echo(output)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
+from cryodrgn_pipeline.conventions import cryosparc_from_rotation, relion_from_rotation
 from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.simulation.particles import MICROGRAPH_SIZE_PX, Settings, SimulatedParticles
 
@@ -37,8 +37,7 @@ def write_star(path: Path, particles: SimulatedParticles) -> None:
             "rlnImageDimensionality": np.full(len(groups), 2),
         }
     )
-    # RELION's matrix is the transpose of the intrinsic ZYZ rotation (rot, tilt, psi)
-    angles = Rotation.from_matrix(poses.rotation.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)
+    rot, tilt, psi = relion_from_rotation(poses.rotation)
     place = np.random.default_rng(len(reported)).integers(64, MICROGRAPH_SIZE_PX - 64, (2, len(reported)))
     table = pd.DataFrame(
         {
@@ -51,9 +50,9 @@ def write_star(path: Path, particles: SimulatedParticles) -> None:
             "rlnDefocusV": reported.ctf.defocus_v_a,
             "rlnDefocusAngle": reported.ctf.defocus_angle_deg,
             "rlnPhaseShift": reported.ctf.phase_shift_deg,
-            "rlnAngleRot": angles[:, 0],
-            "rlnAngleTilt": angles[:, 1],
-            "rlnAnglePsi": angles[:, 2],
+            "rlnAngleRot": rot,
+            "rlnAngleTilt": tilt,
+            "rlnAnglePsi": psi,
             "rlnOriginXAngst": poses.shift_a[:, 0],
             "rlnOriginYAngst": poses.shift_a[:, 1],
             "rlnRandomSubset": reported.half_set,
@@ -77,7 +76,6 @@ def write_cs(path: Path, particles: SimulatedParticles) -> None:
     n = len(reported)
     pixel = reported.optics.pixel_size_a
     paths = np.array(reported.images.stack_paths, dtype="S")[reported.images.stack]
-    rotvec = Rotation.from_matrix(poses.rotation.transpose(0, 2, 1)).as_rotvec()
     refined_pixel = pixel * CS_REFINEMENT_BINNING
     half = np.zeros(n) if reported.half_set is None else reported.half_set - 1
     radian = np.pi / 180
@@ -101,7 +99,7 @@ def write_cs(path: Path, particles: SimulatedParticles) -> None:
         "ctf/bfactor": ("<f4", np.zeros(n)),
         "alignments3D/split": ("<u4", half),
         "alignments3D/shift": ("<f4", poses.shift_a / refined_pixel[:, None]),
-        "alignments3D/pose": ("<f4", rotvec),
+        "alignments3D/pose": ("<f4", cryosparc_from_rotation(poses.rotation)),
         "alignments3D/psize_A": ("<f4", refined_pixel),
     }
     _save_cs(path, main)

@@ -1,0 +1,298 @@
+"""Score volumes and latents against a known truth, by the definitions of the CryoBench benchmark.
+
+A truth folder holds `truth.parquet` (particle_id or uid, and one column per state coordinate) and `volumes/`
+with `states.csv` (path, and the same coordinates): `simulate` writes one, and any other truth can be put in
+this form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.io.mrc import read_volume
+from cryodrgn_pipeline.io.runs import read_columns, read_latents
+
+Array = NDArray[np.float64]
+
+NEIGHBOURS = 20
+FOLDS = 5
+UNION_THRESHOLD = 0.08
+MOVING_THRESHOLD = 0.05
+SOFT_EDGE_PX = 3.0
+ROUNDING = 1e-24  # of the strongest shell: a shell that was cut off correlates by its rounding errors only
+NOT_STATE = ("path", "volume", "weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """What is known of a set: S state volumes and N particles.
+
+    `volumes` `(S, D, D, D)`; `coordinates` (names); `states` `(S, C)`; `particle_states` `(N, C)`;
+    `table` all columns of truth.parquet.
+    """
+
+    volumes: NDArray[np.float32]
+    coordinates: tuple[str, ...]
+    states: Array
+    particle_states: Array
+    table: dict[str, NDArray[Any]]
+
+    def nearest_state(self, particle_states: Array) -> NDArray[np.int64]:
+        """The state volume nearest to each of M true states `(M, C)`, coordinates scaled to their range."""
+        span = np.ptp(self.states, axis=0)
+        span[span == 0] = 1.0
+        squared = (((particle_states[:, None] - self.states[None]) / span) ** 2).sum(axis=-1)
+        return np.asarray(squared.argmin(axis=1), dtype=np.int64)
+
+    def rows_of(self, particle_id: NDArray[Any]) -> NDArray[np.int64]:
+        """Rows of truth.parquet for ids of either kind (star names or uids)."""
+        for name in ("particle_id", "uid"):
+            if name not in self.table:
+                continue
+            known, wanted = self.table[name].astype(str), np.asarray(particle_id).astype(str)
+            order = np.argsort(known)
+            place = np.clip(np.searchsorted(known, wanted, sorter=order), 0, len(known) - 1)
+            rows = order[place]
+            if np.array_equal(known[rows], wanted):
+                return rows
+        raise InputFormatError(
+            f"the run's particle ids (such as {np.asarray(particle_id)[0]}) are not all in truth.parquet "
+            "(columns particle_id and uid): is this the truth of the same set?"
+        )
+
+
+def read_truth(folder: Path) -> Truth:
+    """Read a truth folder (or the folder of a simulated set, which holds one as `truth/`)."""
+    import pandas as pd
+
+    folder = folder / "truth" if (folder / "truth").is_dir() else folder
+    listing = folder / "volumes" / "states.csv"
+    if not listing.is_file():
+        raise InputFormatError(f"{listing}: no such file; a truth folder as `simulate` writes it is expected")
+    states = pd.read_csv(listing)
+    table = read_columns(folder / "truth.parquet", "a truth folder as `simulate` writes it is expected")
+    names = tuple(name for name in states.columns if name not in NOT_STATE)
+    missing = [name for name in names if name not in table]
+    if "path" not in states or missing or not names:
+        raise InputFormatError(
+            f"{listing}: columns path and the state coordinates that truth.parquet has are expected; found "
+            f"{', '.join(states.columns)}, not in truth.parquet: {', '.join(missing) or 'none'}"
+        )
+    return Truth(
+        volumes=np.stack([read_volume(listing.parent / path)[0] for path in states["path"]]),
+        coordinates=names,
+        states=states[list(names)].to_numpy(float),
+        particle_states=np.stack([np.asarray(table[name], dtype=float) for name in names], axis=1),
+        table=table,
+    )
+
+
+def fsc_auc(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Area under |FSC| of two `(D, D, D)` maps: shells i−1 ≤ r < i for i < D/2, FSC₀ = 1, over i/D."""
+    d = first.shape[0]
+    k = np.arange(d) - d // 2
+    radius = np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k**2)
+    shell = (np.floor(radius).astype(np.int64) + 1).ravel()
+    one, two = (np.fft.fftshift(np.fft.fftn(volume)).ravel() for volume in (first, second))
+
+    def sums(values: Array) -> Array:
+        return np.bincount(shell, weights=values)[1 : d // 2].astype(np.float64)
+
+    power = sums(np.abs(one) ** 2) * sums(np.abs(two) ** 2)
+    cross = np.hypot(sums((one * two.conj()).real), sums((one * two.conj()).imag))
+    curve = np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > ROUNDING * power.max())
+    return float(np.trapezoid(np.concatenate([[1.0], curve]), dx=1 / d))
+
+
+def _soft(core: NDArray[np.bool_]) -> Array:
+    from scipy.ndimage import distance_transform_edt
+
+    distance = np.clip(distance_transform_edt(~core) / SOFT_EDGE_PX, 0, 1)
+    return np.asarray(0.5 * (1 + np.cos(np.pi * distance)), dtype=np.float64)
+
+
+def union_mask(volumes: NDArray[np.float32]) -> Array:
+    """Where any of the states `(S, D, D, D)` has density: above 8 % of the maximum, with a soft edge."""
+    highest = volumes.max(axis=0)
+    return _soft(highest > UNION_THRESHOLD * highest.max())
+
+
+def moving_mask(volumes: NDArray[np.float32]) -> Array | None:
+    """Where the states differ: variance above 5 % of its maximum, soft edge; None for a single state."""
+    variance = volumes.astype(np.float64).var(axis=0)
+    if variance.max() <= 1e-12 * float(np.abs(volumes).max()) ** 2:
+        return None
+    return _soft(variance > MOVING_THRESHOLD * variance.max())
+
+
+def volume_scores(
+    volumes: list[NDArray[np.float32]], truth: Truth, states: NDArray[np.int64]
+) -> dict[str, Any]:
+    """FSC-AUC of each volume against the true volume of its state: unmasked, union mask, moving mask.
+
+    Parameters
+    ----------
+    volumes
+        M maps `(D, D, D)` on the truth's grid.
+    states
+        `(M,)` the state (row of `truth.volumes`) each one stands for.
+    """
+    union, moving = union_mask(truth.volumes), moving_mask(truth.volumes)
+    masks = {"unmasked": np.ones_like(union), "union": union}
+    if moving is not None:
+        masks["moving"] = moving
+    solvent = union < 1e-3
+    if not solvent.any():
+        solvent = union <= union.min()
+    scores: dict[str, list[float]] = {name: [] for name in masks}
+    for volume, state in zip(volumes, states, strict=True):
+        true = truth.volumes[state]
+        if volume.shape != true.shape:
+            raise InputFormatError(
+                f"volumes of {volume.shape[0]} px cannot be scored against true volumes of {true.shape[0]} "
+                "px: reconstruct at the box of the truth"
+            )
+        ours, theirs = (each - each[solvent].mean() for each in (volume, true))
+        for name, mask in masks.items():
+            scores[name].append(fsc_auc(ours * mask, theirs * mask))
+    d = truth.volumes.shape[1]
+    return {
+        "volumes": len(volumes),
+        "ceiling": (d / 2 - 1) / d,
+        "fsc_auc": {name: float(np.mean(values)) for name, values in scores.items()},
+        "fsc_auc_each": scores,
+    }
+
+
+def knn_r2(x: NDArray[Any], target: NDArray[Any], *, neighbours: int = NEIGHBOURS) -> float:
+    """How well `target` `(N,)` or `(N, C)` is predicted from `x` `(N, J)` by its 20 nearest neighbours.
+
+    R² = 1 − Σ(y − ŷ)² / Σ(y − ȳ)² (all columns together) of five-fold cross-validated predictions; at least
+    as many training particles as neighbours are needed.
+    """
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsRegressor
+
+    y = np.asarray(target, dtype=np.float64).reshape(len(x), -1)
+    if len(x) * (FOLDS - 1) // FOLDS < neighbours:
+        raise ConfigError(f"{len(x)} particles are too few to score {neighbours} neighbours in {FOLDS} folds")
+    folds = KFold(n_splits=FOLDS, shuffle=True, random_state=0)
+    predicted = cross_val_predict(KNeighborsRegressor(n_neighbors=neighbours), x, y, cv=folds)
+    spread = float(((y - y.mean(axis=0)) ** 2).sum())
+    return 1 - float(((y - predicted) ** 2).sum()) / spread if spread > 0 else float("nan")
+
+
+def latent_r2(z: NDArray[Any], truth: dict[str, NDArray[Any]]) -> dict[str, float]:
+    """20-NN R² from `z` `(N, J)` of each true coordinate `(N,)` that varies, five-fold cross-validated."""
+    return {name: knn_r2(z, values) for name, values in truth.items() if np.ptp(values) > 0}
+
+
+def leakage(z: NDArray[Any], viewing_direction: Array, defocus_a: Array) -> dict[str, float]:
+    """20-NN R² from `z` of what it should not know, ≈ 0 is good: view `(N, 3)` and defocus `(N,)`."""
+    return {"viewing_direction": knn_r2(z, viewing_direction), "defocus": knn_r2(z, defocus_a)}
+
+
+def latent_scores(run: Path, truth: Truth) -> dict[str, Any]:
+    """R² of the true coordinates and leakage from RUN/latent.parquet; junk particles do not count."""
+    latents = read_latents(run)
+    rows = truth.rows_of(latents.particle_id)
+    z = latents.z
+    if "junk" in truth.table:
+        good = ~np.asarray(truth.table["junk"], dtype=bool)[rows]
+        rows, z = rows[good], z[good]
+    coordinates = {name: truth.particle_states[rows, column] for column, name in enumerate(truth.coordinates)}
+    scores: dict[str, Any] = {"particles": len(rows), "r2": latent_r2(z, coordinates)}
+    view = [f"rotation_2{column}" for column in range(3)]
+    if all(name in truth.table for name in (*view, "defocus_u_a")):
+        direction = np.stack([truth.table[name][rows] for name in view], axis=1).astype(float)
+        scores["leakage"] = leakage(z, direction, truth.table["defocus_u_a"][rows].astype(float))
+    return scores
+
+
+def states_of_volumes(
+    folder: Path, paths: list[Path], truth: Truth, *, run: Path | None, particles: Path | None
+) -> tuple[str, NDArray[np.int64]]:
+    """Which true state each volume stands for, and how that is known.
+
+    By the particle listed for it (`particles`, one id per volume in order); else by the particle of `run`
+    whose z the volume was drawn at; else, with as many volumes as true states, by their order.
+    """
+    if particles is not None:
+        ids = np.array(particles.read_text(encoding="utf-8").split())
+        if len(ids) != len(paths):
+            raise ConfigError(f"{particles}: {len(ids)} ids for the {len(paths)} volumes in {folder}")
+        return "per image", truth.nearest_state(truth.particle_states[truth.rows_of(ids)])
+    if run is not None:
+        latents = read_latents(run)
+        drawn = volume_z(folder, latents.z.shape[1])
+        squared = ((drawn[:, None] - latents.z[None]) ** 2).sum(axis=-1)
+        rows = truth.rows_of(latents.particle_id[squared.argmin(axis=1)])
+        return "per image", truth.nearest_state(truth.particle_states[rows])
+    if len(paths) == len(truth.volumes):
+        return "per conformation", np.arange(len(paths))
+    raise ConfigError(
+        f"{folder} has {len(paths)} volumes and the truth {len(truth.volumes)} states: tell which particle "
+        "each volume belongs to by --particles ids.txt (one id per volume), or by --run RUN (their z)"
+    )
+
+
+def volume_z(folder: Path, latent_dim: int) -> Array:
+    """The `(M, J)` latent points of the volumes, from volumes.parquet."""
+    columns = read_columns(folder / "volumes.parquet", "draw volumes with `cryodrgn-pipeline volumes`")
+    names = [f"z_{j}" for j in range(latent_dim)]
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise InputFormatError(f"{folder / 'volumes.parquet'}: no column {', '.join(missing)}")
+    return np.stack([np.asarray(columns[name], dtype=float) for name in names], axis=1)
+
+
+def evaluate(
+    volumes: Path | None, truth_folder: Path, *, run: Path | None = None, particles: Path | None = None
+) -> dict[str, Any]:
+    """Score a folder of volumes, a run's latent, or both; the content of metrics.json.
+
+    Parameters
+    ----------
+    volumes
+        A folder that `volumes` wrote: vol_000.mrc …, and volumes.parquet when `run` is used.
+    truth_folder
+        A truth folder (see the module).
+    run
+        A training run: adds latent scores, and finds each volume's particle by its z.
+    particles
+        One particle id per volume, in order.
+    """
+    truth = read_truth(truth_folder)
+    result: dict[str, Any] = {}
+    if volumes is not None:
+        paths = sorted(volumes.glob("*.mrc"))
+        if not paths:
+            raise InputFormatError(f"{volumes}: no .mrc volume in this folder")
+        how, states = states_of_volumes(volumes, paths, truth, run=run, particles=particles)
+        scores = volume_scores([read_volume(path)[0] for path in paths], truth, states)
+        result |= {"compared": how, **scores, "states": states.tolist()}
+    if run is not None:
+        result["latent"] = latent_scores(run, truth)
+    return result
+
+
+def sample_points(
+    run: Path, truth_folder: Path, *, count: int = 100
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Ids and z of `count` evenly spaced particles of the truth's table that the run knows (no junk).
+
+    Draw volumes at these points (`volumes --z`) for the per-image score.
+    """
+    truth, latents = read_truth(truth_folder), read_latents(run)
+    rows = truth.rows_of(latents.particle_id)
+    junk = np.asarray(truth.table.get("junk", np.zeros(len(truth.particle_states))), dtype=bool)
+    order = np.argsort(rows)
+    order = order[~junk[rows[order]]]
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, count).round().astype(np.int64))]
+    return latents.particle_id[chosen], latents.z[chosen]
