@@ -55,9 +55,9 @@ class Stack:
         found = (len(particles), header.n_images, header.ny, header.nx, header.dtype.name)
         if found != (n, n, d, d, info["dtype"]):
             raise InputFormatError(
-                f"{path}: its files do not belong together: {INFO} says {n} {info['dtype']} images of {d} x "
-                f"{d} px, {IMAGES} has {found[1]} {found[4]} images of {found[2]} x {found[3]} px, {PARTICLES} "
-                f"{found[0]} rows; make the stack again with `cryodrgn-pipeline preprocess`"
+                f"{path}: its files do not belong together: {INFO} says {n} images of {d} x {d} px "
+                f"({info['dtype']}), {IMAGES} has {found[1]} of {found[2]} x {found[3]} px ({found[4]}), "
+                f"{PARTICLES} has {found[0]} rows; make the stack again with `cryodrgn-pipeline preprocess`"
             )
         return cls(path=path, info=info, particles=particles, images=images)
 

@@ -96,3 +96,50 @@ def simulate_verb(
     simulate(settings, output)
     typer.echo(output / "particles.star")
     typer.echo(output / "particles.cs")
+
+
+@app.command("preprocess", rich_help_panel=DATA)
+def preprocess_verb(
+    import_dir: Annotated[Path, typer.Argument(help="Folder that import wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write: the stack.")],
+    box_size: Annotated[int, typer.Option(help="Even box in pixels to Fourier-crop to.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the disk.")] = "float32",
+    window: Annotated[bool, typer.Option(help="Fade the corners of the box out.")] = True,
+    window_radius: Annotated[
+        float,
+        typer.Option(
+            "--window-radius", "--window-inner", help="The window is 1 inside this fraction of half the box"
+        ),
+    ] = 0.85,
+    window_falloff: Annotated[
+        float,
+        typer.Option("--window-falloff", "--window-outer", help="and falls linearly to 0 at this fraction."),
+    ] = 0.99,
+    mask_radius_a: Annotated[
+        float | None,
+        typer.Option(help="Circular mask of this radius in Å, soft edge: against micelles and neighbours."),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Images read at once; default about 64 MiB.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default all there are.")] = None,
+) -> None:
+    """Make one stack to train on: centred, light on dark, cropped, windowed.
+
+    Writes images.mrcs, particles.parquet, noise.parquet and stack.json. Images are neither phase-flipped nor
+    whitened. A stack of the same particles and options that is there already is kept.
+
+    Example: cryodrgn-pipeline preprocess imported --box-size 128 -o stack_128
+    """
+    from cryodrgn_pipeline.preprocess import PreprocessSettings, preprocess
+
+    settings = PreprocessSettings(
+        box_size_px=box_size,
+        dtype=dtype,
+        window=window,
+        window_radius=window_radius,
+        window_falloff=window_falloff,
+        mask_radius_a=mask_radius_a,
+    )
+    stack = preprocess(import_dir, output, settings, chunk_size=chunk_size, threads=threads)
+    typer.echo(stack.path)

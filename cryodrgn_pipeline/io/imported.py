@@ -1,0 +1,60 @@
+"""An import folder as the steps that read images need it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.tables import read_particles
+from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
+
+PARTICLES, INFO = "particles.parquet", "import.json"
+
+
+class ImportedSource:
+    """Particles whose images can be read, and what the import said about them.
+
+    `notes` holds one line per aberration that no step applies; `recorded` size in bytes and modification
+    time in ns by stack path; `fingerprint` changes with the particle table and with the image files.
+    """
+
+    def __init__(self, folder: Path, particles: ParticleSet, info: dict[str, Any], fingerprint: str) -> None:
+        self.particles = particles
+        self.fingerprint = fingerprint
+        self.notes = [
+            f"{item['name']} is not applied: {item['rows']} of {len(particles)} particles, up to "
+            f"{item['max']}" + (f"; {item['effect']}" if item.get("effect") else "")
+            for item in info.get("unapplied_aberrations", [])
+        ]
+        self.recorded = {
+            item["path"]: (int(item["size_bytes"]), int(item["mtime_ns"]))
+            for item in info.get("image_stacks", [])
+            if item.get("size_bytes") is not None and item.get("mtime_ns") is not None
+        }
+        if info.get("metadata_only") or bool((particles.optics.box_size_px == UNKNOWN_BOX).any()):
+            raise InputFormatError(
+                f"{folder}: was imported with --metadata-only, so its image files were not looked for; "
+                "import the particles again without it (--datadir names the folder of their paths)"
+            )
+        if len(particles) == 0:
+            raise InputFormatError(f"{folder}: has no particles")
+
+    @classmethod
+    def open(cls, folder: Path) -> ImportedSource:
+        """Read `folder`'s particle table and import.json; an `InputFormatError` if one is not usable."""
+        particles = read_particles(folder)
+        try:
+            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputFormatError(
+                f"{folder}: has no {INFO}; make it with `cryodrgn-pipeline import`"
+            ) from error
+        except ValueError as error:
+            raise InputFormatError(f"{folder / INFO}: not readable as JSON: {error}") from error
+        with (folder / PARTICLES).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(json.dumps(info.get("image_stacks", []), sort_keys=True).encode())
+        return cls(folder, particles, info, digest.hexdigest())
