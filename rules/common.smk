@@ -243,6 +243,7 @@ def train_options(wildcards):
         "encoder_type": "--encoder-type",
         "decoder_layers": "--decoder-layers",
         "decoder_width": "--decoder-width",
+        "decoder_type": "--decoder-type",
         "positional_encoding": "--positional-encoding",
         "domain": "--domain",
         "mask_radius": "--mask-radius",

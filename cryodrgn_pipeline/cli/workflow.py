@@ -1,3 +1,98 @@
 """The verbs of this part of the command line: init, run, demo."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cryodrgn_pipeline.cli._app import WORKFLOW, app
+
+
+@app.command("init", rich_help_panel=WORKFLOW)
+def init_verb(
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("config.yaml"),
+    particles: Annotated[
+        Path | None, typer.Option(help="The refinement: a RELION .star or a cryoSPARC .cs file.")
+    ] = None,
+    passthrough: Annotated[
+        list[Path] | None,
+        typer.Option(help="cryoSPARC passthrough .cs file; repeatable; one beside --particles is found."),
+    ] = None,
+    datadir: Annotated[Path | None, typer.Option(help="Folder the image paths are relative to.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Your own consensus map (.mrc), to check hand and pixel size too.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the dataset; else the file's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a commented config.yaml for your particles: every key, its default and its unit.
+
+    Example: cryodrgn-pipeline init --particles Refine3D/job012/run_data.star -o config.yaml
+    """
+    from cryodrgn_pipeline.demo import write_config
+
+    write_config(
+        output,
+        particles=particles,
+        passthrough=tuple(passthrough or ()),
+        datadir=datadir,
+        reference=reference,
+        name=name,
+        force=force,
+    )
+    typer.echo(output)
+
+
+@app.command(
+    "run",
+    rich_help_panel=WORKFLOW,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def run_verb(
+    context: typer.Context,
+    configfile: Annotated[Path, typer.Option(help="What to run.")] = Path("config.yaml"),
+    cores: Annotated[
+        str | None, typer.Option("-c", "--cores", help="Number of cores, or all; default: all.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="local-gpu, slurm, or a Snakemake profile of your own.")
+    ] = None,
+) -> None:
+    """Run the whole workflow of a config.yaml, from import to report; only what a change touches runs again.
+
+    The configuration is checked first, and every mistake in it named. All other options and targets are
+    passed on to snakemake: -n shows what would be done, --directory sets where results go.
+
+    Example: cryodrgn-pipeline run --configfile config.yaml --cores 8
+    """
+    from cryodrgn_pipeline.workflow import run_workflow
+
+    raise typer.Exit(run_workflow(configfile, cores=cores, profile=profile, extra=context.args))
+
+
+@app.command("demo", rich_help_panel=WORKFLOW)
+def demo_verb(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for data and results.")] = Path(
+        "demo"
+    ),
+    cores: Annotated[str, typer.Option("-c", "--cores", help="Number of cores, or all.")] = "2",
+    small: Annotated[
+        bool, typer.Option("--small", help="A minute instead of ten: shows that it runs, no more.")
+    ] = False,
+) -> None:
+    """Simulate particles with known answers, run the whole workflow on them and say what it found.
+
+    Example: cryodrgn-pipeline demo -o demo --cores 2
+    """
+    from cryodrgn_pipeline.demo import run_demo
+
+    result = run_demo(output, cores=cores, small=small)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+    typer.echo(f"report        {result.run / 'report.html'}")
+    typer.echo(f"volumes       {result.run / 'volumes'}")
+    typer.echo(f"latent table  {result.run / 'latent.parquet'}")
+    for coordinate, r2 in result.r2.items():
+        typer.echo(f"R² of the true {coordinate} from z: {r2:.2f}")

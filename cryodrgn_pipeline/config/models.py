@@ -72,10 +72,11 @@ class Train(Section):
         "auto", description="weight of the prior on z; auto = 1 / latent_dim"
     )
     encoder_layers: Count = Field(3, description="hidden layers of the encoder")
-    encoder_width: Count = Field(256, description="their width; 1024 for large boxes on a GPU")
+    encoder_width: Count = Field(1024, description="their width; 256 for a first look without a GPU")
     encoder_type: Literal["resid", "mlp"] = Field("resid", description="resid or mlp")
     decoder_layers: Count = Field(3, description="hidden layers of the decoder")
-    decoder_width: Count = Field(256, description="their width; 1024 for large boxes on a GPU")
+    decoder_width: Count = Field(1024, description="their width; 256 for a first look without a GPU")
+    decoder_type: Literal["resid", "mlp"] = Field("resid", description="resid or mlp")
     positional_encoding: Literal["gaussian", "geometric"] = Field(
         "gaussian", description="gaussian or geometric"
     )
@@ -91,8 +92,10 @@ class Train(Section):
     checkpoint_every_minutes: Positive = Field(15.0, description="... and every so many minutes")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="same seed, same run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
-    in_memory: bool = Field(False, description="keep the whole stack in memory; false reads it lazily")
-    amp: bool = Field(True, description="mixed precision on a GPU")
+    in_memory: bool | None = Field(
+        None, description="hold the stack in memory (true) or read it lazily (false); null = by free memory"
+    )
+    amp: bool | None = Field(None, description="mixed precision; null = on a GPU only")
 
 
 class Volumes(Section):

@@ -41,13 +41,15 @@ MORE = """\
 """
 
 
-def config_text(datasets: dict[str, dict[str, Any]] | None = None) -> str:
-    """Return a commented config.yaml with all defaults.
+def config_text(datasets: dict[str, dict[str, Any]] | None = None, sections: Config | None = None) -> str:
+    """Return a commented config.yaml.
 
     Parameters
     ----------
     datasets
         For each dataset's name, the keys to write with their values; without any, a commented example.
+    sections
+        Settings to write instead of the defaults.
     """
     parts = [HEADER, "# " + _first_line(Dataset)]
     if datasets:
@@ -58,9 +60,9 @@ def config_text(datasets: dict[str, dict[str, Any]] | None = None) -> str:
     else:
         parts += ["datasets: {}", EXAMPLE.rstrip()]
     parts += [MORE]
-    for name, field in Config.model_fields.items():
+    for name in Config.model_fields:
         if name != "datasets":
-            parts += _section_lines(name, field.default)
+            parts += _section_lines(name, getattr(sections or Config(), name))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -1,0 +1,192 @@
+"""The Snakemake workflow from the command line's side: find it, run it, show how its jobs get on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from cryodrgn_pipeline.errors import ConfigError, CryodrgnPipelineError
+
+POLL_INTERVAL_S = 1.0
+LINES_PER_POLL = 5
+
+
+def workflow_root() -> Path:
+    """Find the folder that holds `workflows/` and `rules/`: inside an installed wheel, or the checkout.
+
+    Raises
+    ------
+    CryodrgnPipelineError
+        Neither is there, so the installation is damaged.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package / "_bundle", package.parent):
+        if (root / "workflows" / "Snakefile").is_file():
+            return root
+    raise CryodrgnPipelineError(
+        f"no workflows/Snakefile in {package / '_bundle'} or {package.parent}; install the package again"
+    )
+
+
+def run_workflow(
+    configfile: Path, *, cores: str | None = None, profile: str | None = None, extra: Sequence[str] = ()
+) -> int:
+    """Check a configuration, then run Snakemake on it; returns Snakemake's exit code.
+
+    Parameters
+    ----------
+    configfile
+        The config.yaml to run.
+    cores
+        Number of cores, or `all`.
+    profile
+        One of ours (local-gpu, slurm) or any Snakemake profile.
+    extra
+        Further words for Snakemake, passed on as they are.
+
+    Raises
+    ------
+    ConfigError
+        The configuration has mistakes, or names files that do not exist.
+    """
+    from cryodrgn_pipeline.config.check import load_config, missing_files
+
+    config = load_config(configfile)
+    known, _ = _snakemake_words().parse_known_args(list(extra))
+    directory = Path(known.directory or ".")
+    if not config.datasets:
+        raise ConfigError(f"{configfile}: datasets is empty; name at least one dataset with its particles")
+    if missing := missing_files(config, directory):
+        raise ConfigError(f"{configfile}: files that do not exist:\n  " + "\n  ".join(missing))
+    command = snakemake_command(configfile, cores=cores, profile=profile, extra=extra)
+    logs = None if known.dry_run else directory / config.pathvars.logs
+    return _supervised(command, logs)
+
+
+def snakemake_command(
+    configfile: Path, *, cores: str | None, profile: str | None, extra: Sequence[str]
+) -> list[str]:
+    """Build the words of the Snakemake call: our Snakefile and profiles, and this Python."""
+    root = workflow_root() / "workflows"
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+    command += ["--configfile", str(configfile.resolve())]
+    known, _ = _snakemake_words().parse_known_args(list(extra))
+    if cores is None and profile is None and known.jobs is None:
+        cores = "all"
+    if cores is not None:
+        command += ["--cores", cores]
+    if profile is not None:
+        ours = root / "profiles" / profile
+        command += ["--profile", str(ours) if ours.is_dir() and not Path(profile).is_dir() else profile]
+    return [*command, *extra]
+
+
+def run_command_line(words: Sequence[str]) -> int:
+    """Run one of our own verbs in a process of its own; returns its exit code."""
+    return _supervised([sys.executable, "-m", "cryodrgn_pipeline", *words], None)
+
+
+def _snakemake_words() -> argparse.ArgumentParser:
+    """Parse the few of Snakemake's options that change what we do ourselves."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-d", "--directory")
+    parser.add_argument("-j", "--jobs")
+    parser.add_argument("-n", "--dry-run", "--dryrun", action="store_true")
+    return parser
+
+
+def _supervised(command: list[str], logs: Path | None) -> int:
+    """Run a command whose jobs find our command line on PATH; end with it, whoever is asked to end."""
+    own_bin = str(Path(sys.executable).parent)
+    environment = dict(os.environ, PATH=os.pathsep.join([own_bin, *os.get_exec_path()]))
+    process = subprocess.Popen(command, env=environment)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        with following(logs, sys.stderr):
+            code = _waited(process)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+    return code if code >= 0 else 128 - code
+
+
+def _waited(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # Snakemake got the same Ctrl-C, saves what can be saved and ends
+            continue
+
+
+@contextmanager
+def following(folder: Path | None, stream: TextIO) -> Iterator[None]:
+    """Copy what is written to the log files below `folder` to `stream`, each line with its job's name.
+
+    Parameters
+    ----------
+    folder
+        The workflow's folder of logs; None follows nothing.
+    stream
+        Where the lines go, usually stderr.
+    """
+    if folder is None:
+        yield
+        return
+    reader = _LogReader(folder)
+    reader.new_lines()  # what is there already is old
+    done = threading.Event()
+
+    def copy() -> None:
+        while not done.wait(POLL_INTERVAL_S):
+            for line in reader.new_lines():
+                print(line, file=stream, flush=True)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for line in reader.new_lines():
+            print(line, file=stream, flush=True)
+
+
+class _LogReader:
+    """Remembers how far each log file has been read; a file that was replaced is read from its start."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, tuple[int, int]] = {}
+
+    def new_lines(self) -> list[str]:
+        lines = []
+        for path in sorted(self._folder.rglob("*.log")):
+            job = path.relative_to(self._folder).with_suffix("").as_posix()
+            fresh = [line for line in self._fresh_text(path).splitlines() if line.strip()]
+            lines += [f"  {job} | {line}" for line in fresh[-LINES_PER_POLL:]]
+        return lines
+
+    def _fresh_text(self, path: Path) -> str:
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                inode, offset = self._read.get(path, (status.st_ino, 0))
+                if inode != status.st_ino or status.st_size < offset:
+                    offset = 0
+                file.seek(offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:  # removed between listing and reading: Snakemake clears a log before each attempt
+            return ""
+        self._read[path] = (status.st_ino, offset + len(whole) + len(newline))
+        return whole.decode("utf-8", errors="replace")
