@@ -220,7 +220,7 @@ class Pathvars(Section):
 
     results: PathText = Field("results", description="results")
     logs: PathText = Field("logs", description="one log per job")
-    benchmarks: PathText = Field("benchmarks", description="time and memory per job")
+    benchmarks: PathText = Field("logs/benchmarks", description="time and memory per job")
 
 
 class Config(Section):
