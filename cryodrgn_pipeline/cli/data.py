@@ -143,3 +143,28 @@ def preprocess_verb(
     )
     stack = preprocess(import_dir, output, settings, chunk_size=chunk_size, threads=threads)
     typer.echo(stack.path)
+
+
+@app.command("phase-flip", rich_help_panel=DATA)
+def phase_flip_verb(
+    import_dir: Annotated[Path, typer.Argument(help="Folder that import wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Stack to write: .mrcs.")],
+    box_size: Annotated[
+        int | None, typer.Option(help="Even box in pixels to Fourier-crop to; default the original.")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Images read at once; default about 64 MiB.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default all there are.")] = None,
+) -> None:
+    """Write the original images with their phases flipped by the sign of the CTF.
+
+    One float32 stack in the order of the particle table. Nothing else is done to the images. Training does not
+    need it: it flips by itself.
+
+    Example: cryodrgn-pipeline phase-flip imported -o flipped.mrcs
+    """
+    from cryodrgn_pipeline.phase_flip import phase_flip
+
+    phase_flip(import_dir, output, box_size_px=box_size, chunk_size=chunk_size, threads=threads)
+    typer.echo(output)

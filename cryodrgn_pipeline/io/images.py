@@ -72,7 +72,7 @@ class ParticleImages:
             row = wrong[0]
             raise InputFormatError(
                 f"{self.path_of(row)}: its images are {self.box_size_px[row]} px wide, but the particle "
-                f"table says box_size_px {particles.optics.box_size_px[row]} ({len(wrong)} of {len(particles)} "
+                f"table says {particles.optics.box_size_px[row]} ({len(wrong)} of {len(particles)} "
                 "rows are wrong); import the particles again with the stacks they belong to"
             )
 
