@@ -136,7 +136,7 @@ def flip_images(images: Tensor, particles: ParticleSet) -> Tensor:
             amplitude_contrast=torch.from_numpy(optics.amplitude_contrast),
             phase_shift_deg=torch.from_numpy(defocus.phase_shift_deg),
         )
-        return torch.where(values < 0, -1.0, 1.0).float().unflatten(-1, grid_y.shape)
+        return torch.where(values < 0, -1.0, 1.0).float().reshape(-1, *grid_y.shape)
 
     sign = signs(ky)
     if d % 2 == 0:
@@ -150,8 +150,8 @@ def _output_box(images: ParticleImages, box_size_px: int | None) -> int:
     if box_size_px is None:
         if smallest != largest:
             raise InputFormatError(
-                f"the images have boxes from {smallest} to {largest} px, and a stack has one; give --box-size "
-                f"(at most {smallest // 2 * 2})"
+                f"the images have boxes from {smallest} to {largest} px, and a stack has one; give "
+                f"--box-size (at most {smallest // 2 * 2})"
             )
         return smallest
     if box_size_px % 2 or not 0 < box_size_px <= smallest:

@@ -159,8 +159,8 @@ def phase_flip_verb(
 ) -> None:
     """Write the original images with their phases flipped by the sign of the CTF.
 
-    One float32 stack in the order of the particle table. Nothing else is done to the images. Training does not
-    need it: it flips by itself.
+    One float32 stack in the order of the particle table. Nothing else is done to them. Training does not need
+    it: it flips by itself.
 
     Example: cryodrgn-pipeline phase-flip imported -o flipped.mrcs
     """
