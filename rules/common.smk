@@ -149,8 +149,10 @@ def import_options(wildcards):
 def preprocess_options(wildcards):
     given = settings("preprocess", dataset_of(wildcards))
     flags = {
+        "window": "--window/--no-window",
         "window_inner": "--window-inner",
         "window_outer": "--window-outer",
+        "mask_radius_a": "--mask-radius-a",
         "dtype": "--dtype",
     }
     return options(given, flags)

@@ -43,11 +43,16 @@ class Preprocess(Section):
     box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] = Field(
         128, description="even box to Fourier-crop to; 128 for a first look, 256 for detail"
     )
+    window: bool = Field(True, description="fade the corners of the box out")
     window_inner: Annotated[float, Field(ge=0, le=2)] = Field(
         0.85, description="the window is 1 inside this fraction of the half box"
     )
     window_outer: Annotated[float, Field(gt=0, le=2)] = Field(
-        0.99, description="... and 0 beyond this one; smaller values mask neighbours and micelles"
+        0.99, description="... and falls linearly to 0 at this one"
+    )
+    mask_radius_a: Positive | None = Field(
+        None,
+        description="soft circular mask of this radius in Å, against micelles and neighbours; null = none",
     )
     dtype: Literal["float32", "float16"] = Field("float32", description="float16 halves the stack on disk")
 

@@ -100,7 +100,7 @@ def _commented(line: str, comment: str) -> str:
 
 def _flow(value: Any) -> str:
     """Write one value in YAML's flow style, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
