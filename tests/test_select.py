@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.io.ids import write_ids
 from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
 from cryodrgn_pipeline.landscape.expression import evaluate_condition
-from cryodrgn_pipeline.landscape.select import Selection, read_ids, select_particles, write_ids
+from cryodrgn_pipeline.landscape.select import Selection, read_ids, select_particles
 
 
 @pytest.fixture

@@ -106,7 +106,8 @@ def select(
 
     Example: cryodrgn-pipeline select results/run_8d --cluster 0,3 --range loss::1.5 --no-junk -o open.txt
     """
-    from cryodrgn_pipeline.landscape.select import Selection, select_particles, write_ids
+    from cryodrgn_pipeline.io.ids import write_ids
+    from cryodrgn_pipeline.landscape.select import Selection, select_particles
 
     selection = Selection(
         clusters=tuple(label for text in cluster or () for label in _integers("--cluster", text)),
@@ -120,6 +121,58 @@ def select(
     chosen, total = select_particles(run, selection)
     write_ids(output, chosen)
     typer.echo(f"{len(chosen)} of {total} particles: {output}")
+
+
+@app.command("report", rich_help_panel=RESULTS)
+def report(
+    run: Run,
+    consensus: Annotated[
+        Path | None, typer.Option(help="Folder that consensus wrote.", show_default=False)
+    ] = None,
+    volumes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder that volumes wrote. Repeatable; those in RUN/volumes when not given.",
+            show_default=False,
+        ),
+    ] = None,
+    import_dir: Annotated[
+        Path | None, typer.Option(help="Folder that import wrote.", show_default=False)
+    ] = None,
+    stack: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that preprocess wrote; the one run.json names when not given.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Page to write; RUN/report.html when not given.", show_default=False
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.", show_default=False)] = None,
+) -> None:
+    """Write one HTML page on a run that opens anywhere, offline; figures and ChimeraX scripts beside it.
+
+    The page shows what was run, the convention check, FSC, loss curves, the latent space (interactive), the
+    volumes and where all files lie. RUN/report gets each figure as PNG and .cxc scripts for ChimeraX. What
+    is missing is left out with a sentence.
+
+    Example: cryodrgn-pipeline report results/run_8d --consensus results/consensus_128 --volumes results/vol
+    """
+    from cryodrgn_pipeline.report.page import ReportRequest, report_volumes_beside, write_report
+
+    request = ReportRequest(
+        run=run,
+        consensus=consensus,
+        volumes=tuple(volumes or report_volumes_beside(run)),
+        import_dir=import_dir,
+        stack=stack,
+        output=output,
+        title=title,
+    )
+    typer.echo(write_report(request))
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputFormatError(f"{path}: a JSON object expected, found {type(content).__name__}")
     return content
+
+
+def keep_foreign_files(old: Path, new: Path, ours: Collection[str]) -> None:
+    """Copy what the user put beside our outputs into the folder that is about to replace theirs.
+
+    Parameters
+    ----------
+    old, new
+        The folder to be replaced (it may be missing) and the one that takes its place.
+    ours
+        Name patterns of our own files; they are not carried over.
+    """
+    for path in sorted(old.iterdir()) if old.is_dir() else []:
+        if any(fnmatch(path.name, pattern) for pattern in ours):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def numbered(columns: Mapping[str, Any], prefix: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,14 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.io.atomic import replacing_directory, write_json
-from cryodrgn_pipeline.io.runs import Columns, Latents, read_latents, write_columns, write_z
+from cryodrgn_pipeline.io.runs import (
+    Columns,
+    Latents,
+    keep_foreign_files,
+    read_latents,
+    write_columns,
+    write_z,
+)
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
 from cryodrgn_pipeline.landscape.embed import (
     UMAP_FEWEST,
@@ -27,6 +33,8 @@ from cryodrgn_pipeline.landscape.outliers import JUNK_THRESHOLD, JunkScores, jun
 from cryodrgn_pipeline.landscape.traverse import direct_traversal, graph_traversal, pc_traversal, snap
 
 log = logging.getLogger(__name__)
+
+OURS = ("particles.parquet", "centers.parquet", "centers.csv", "analysis.json", "traversal_*.csv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +114,7 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
         "traversals": sorted(paths),
     }
     with replacing_directory(run / "analysis") as folder:
-        _keep_foreign_files(run / "analysis", folder)
+        keep_foreign_files(run / "analysis", folder, OURS)
         particles = _particle_columns(latents, labels, junk, components, umap)
         write_columns(folder / "particles.parquet", particles)
         write_columns(folder / "centers.parquet", _center_columns(latents, centers, labels, rows))
@@ -122,14 +130,6 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
         settings.junk_threshold,
     )
     return summary
-
-
-def _keep_foreign_files(old: Path, new: Path) -> None:
-    """Carry over what the user put beside our outputs, such as an id file."""
-    ours = ("particles.parquet", "centers.parquet", "centers.csv", "analysis.json", "traversal_*.csv")
-    for path in sorted(old.iterdir()) if old.is_dir() else []:
-        if path.is_file() and not any(path.match(pattern) for pattern in ours):
-            shutil.copy2(path, new / path.name)
 
 
 def _umap(latents: Latents, settings: AnalysisSettings) -> NDArray[np.float32] | None:
@@ -170,6 +170,8 @@ def _paths(
         anchors = rows[list(through)]
         paths["direct"] = direct_traversal(latents.z[anchors], settings.points)
         paths["graph"] = graph_traversal(latents.z, anchors, settings.points, settings.seed)[0]
+    else:  # one cluster only: a path of one point, so that what follows finds its files
+        paths["direct"] = paths["graph"] = latents.z[rows]
     return paths
 
 

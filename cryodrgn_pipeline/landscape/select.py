@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.io.runs import Columns, read_columns, read_latents
 from cryodrgn_pipeline.landscape.expression import evaluate_condition, unknown_column
 
@@ -72,12 +71,6 @@ def select_particles(run: Path, selection: Selection) -> tuple[NDArray[Any], int
         reasons = "; ".join(account) or "no condition"
         raise InputFormatError(f"{run}: none of {len(ids)} particles selected ({reasons})")
     return ids[kept], len(ids)
-
-
-def write_ids(path: Path, ids: NDArray[Any]) -> None:
-    """Write an id file, atomically: one particle id per line."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text("".join(f"{particle}\n" for particle in ids), encoding="utf-8")
 
 
 def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,239 @@
+"""The report's figures as PNG files, for slides and for Snakemake's own report; drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline.io.atomic import replacing
+from cryodrgn_pipeline.io.runs import Columns
+from cryodrgn_pipeline.report.collect import Consensus, Gathered, VolumeSet
+from cryodrgn_pipeline.report.montage import Views, difference_colours, difference_range, grey_range
+
+DRAWN_POINTS = 50_000
+INK, FAINT = "#22303c", "#8a97a3"
+FSC_NAMES = {
+    "fsc_masked": "masked",
+    "fsc_unmasked": "unmasked",
+    "fsc_corrected": "corrected",
+    "fsc_reference": "against the reference map",
+}
+FSC_COLOURS = ("#1f6feb", "#8a97a3", "#2da44e", "#bf5af2")
+TRAINING_NAMES = {"reconstruction": "training particles", "held_out_reconstruction": "held-out particles"}
+VIEW_NAMES = ("slice z", "slice y", "slice x", "projection z", "projection y", "projection x")
+
+
+def cluster_colours(n: int) -> list[str]:
+    """`n` colours as `#rrggbb`; clusters are ordered by likeness, and so are their colours."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.06, 0.94, max(n, 1)))]
+
+
+def shown_rows(n: int, seed: int = 0) -> NDArray[np.int64]:
+    """Rows drawn of `n` particles: all, or 50,000 at random (seeded) in source order."""
+    if n <= DRAWN_POINTS:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, size=DRAWN_POINTS, replace=False))
+
+
+def fsc_curves(fsc: Columns) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Frequency in 1/Å and correlation of each FSC column that holds numbers, without the zero shell."""
+    frequency = np.asarray(fsc["frequency_per_a"], dtype=np.float64)
+    curves = {}
+    for name in FSC_NAMES:
+        if name in fsc:
+            values = np.asarray(fsc[name], dtype=np.float64)
+            known = np.isfinite(values) & (frequency > 0)
+            if known.any():
+                curves[name] = (frequency[known], values[known])
+    return curves
+
+
+def training_curves(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Epochs and values at which a metric was recorded."""
+    known = [
+        (int(record["epoch"]), float(record[name])) for record in metrics if record.get(name) is not None
+    ]
+    return [epoch for epoch, _ in known], [value for _, value in known]
+
+
+def write_figures(gathered: Gathered, folder: Path) -> list[str]:
+    """Write the figures there is material for; returns their file names."""
+    written = []
+
+    def save(name: str, figure: Any) -> None:
+        with replacing(folder / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        written.append(name)
+
+    analysed = gathered.analysed
+    if analysed is not None and "pc_1" in analysed:
+        up = "pc_2" if "pc_2" in analysed else None
+        save("latent_pca.png", _latent_figure(gathered, analysed, "pc_1", up, "PC 1", "PC 2"))
+    if analysed is not None and "umap_1" in analysed:
+        save("latent_umap.png", _latent_figure(gathered, analysed, "umap_1", "umap_2", "UMAP 1", "UMAP 2"))
+    if gathered.metrics:
+        save("loss.png", _loss_figure(gathered.metrics))
+    consensus = gathered.consensus
+    if consensus is not None and consensus.fsc is not None:
+        save("fsc.png", _fsc_figure(consensus))
+    views = consensus.views if consensus is not None else None
+    if gathered.volumes or views is not None:
+        save("montage.png", _montage_figure(views, gathered.volumes[0] if gathered.volumes else None))
+    for volumes in gathered.volumes[1:]:
+        save(f"montage_{volumes.name}.png", _montage_figure(None, volumes))
+    for volumes in gathered.volumes:
+        if volumes.is_path and len(volumes.views) > 1:
+            save(f"difference_{volumes.name}.png", _difference_figure(volumes))
+    return written
+
+
+def _canvas(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(colors=INK, labelsize=9)
+    return figure, axes
+
+
+def _latent_figure(
+    gathered: Gathered, analysed: Columns, across: str, up: str | None, x_name: str, y_name: str
+) -> Any:
+    figure, (ax,) = _canvas(6.4, 5.2)
+    rows = shown_rows(len(analysed["particle_id"]))
+    x = analysed[across]
+    y = analysed[up] if up is not None else np.zeros_like(x)
+    colours = np.array(cluster_colours(int(analysed["cluster"].max()) + 1))
+    size = 14.0 if len(rows) < 2000 else 5.0 if len(rows) < 20_000 else 1.5
+    ax.scatter(x[rows], y[rows], s=size, c=colours[analysed["cluster"][rows]], alpha=0.7, linewidths=0)
+    if gathered.centers is not None:
+        at = row_of_centers(gathered.centers, analysed)
+        ax.scatter(x[at], y[at], s=22, c="white", edgecolors=INK, linewidths=0.8, zorder=3)
+        for label, row in enumerate(at):
+            ax.annotate(
+                str(label), (x[row], y[row]), (4, 4), textcoords="offset points", fontsize=8, color=INK
+            )
+    ax.set_xlabel(x_name)
+    ax.set_ylabel(y_name if up is not None else "")
+    shown = "" if len(rows) == len(x) else f" ({len(rows):,} shown)"
+    ax.set_title(f"{len(x):,} particles{shown}, coloured by cluster", fontsize=10, color=INK, loc="left")
+    return figure
+
+
+def row_of_centers(centers: Columns, analysed: Columns) -> NDArray[np.int64]:
+    """Rows of the particle table at which the cluster centres lie."""
+    row = {particle: i for i, particle in enumerate(analysed["particle_id"].tolist())}
+    return np.array([row[particle] for particle in centers["particle_id"].tolist()], dtype=np.int64)
+
+
+def _loss_figure(metrics: Sequence[dict[str, Any]]) -> Any:
+    figure, (left, right) = _canvas(9.0, 3.6, columns=2)
+    for (name, label), colour in zip(TRAINING_NAMES.items(), ("#1f6feb", "#d1570a"), strict=True):
+        epochs, values = training_curves(metrics, name)
+        if epochs:
+            left.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
+    left.set_ylabel("reconstruction loss")
+    for name, label, colour in (("kld", "training", "#1f6feb"), ("held_out_kld", "held-out", "#d1570a")):
+        epochs, values = training_curves(metrics, name)
+        if epochs:
+            right.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
+    right.set_ylabel("KL divergence per particle")
+    for ax in (left, right):
+        ax.set_xlabel("epoch")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _fsc_figure(consensus: Consensus) -> Any:
+    figure, (ax,) = _canvas(6.4, 4.0)
+    curves = fsc_curves(consensus.fsc or {})
+    for (name, label), colour in zip(FSC_NAMES.items(), FSC_COLOURS, strict=True):
+        if name in curves:
+            ax.plot(*curves[name], color=colour, label=label)
+    for level in (0.143, 0.5):
+        ax.axhline(level, color=FAINT, linewidth=0.8, linestyle="--")
+        ax.annotate(f"{level:g}", (1, level), (2, 2), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
+    ax.set_ylim(-0.1, 1.05)
+    ax.set_xlabel("spatial frequency (1/Å)")
+    ax.set_ylabel("Fourier shell correlation")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _montage_figure(consensus: Views | None, volumes: VolumeSet | None) -> Any:
+    rows: list[tuple[str, Views]] = [] if consensus is None else [("consensus", consensus)]
+    if volumes is not None:
+        rows += [(f"vol {row:03d}", view) for row, view in zip(volumes.drawn, volumes.views, strict=True)]
+    sets = [[view for _, view in rows[:1]]] if consensus is not None else []
+    sets += [list(volumes.views)] if volumes is not None else []
+    ranges = {id(view): view_ranges(group) for group in sets for view in group}
+    figure, grid = _picture_grid(len(rows), 6)
+    for line, (name, view) in enumerate(rows):
+        slices, projections = ranges[id(view)]
+        for column, image in enumerate([*view.slices, *view.projections]):
+            low, high = slices if column < 3 else projections
+            grid[line][column].imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
+            if line == 0:
+                grid[line][column].set_title(VIEW_NAMES[column], fontsize=8, color=INK)
+        grid[line][0].set_ylabel(name, fontsize=8, color=INK, rotation=0, ha="right", va="center")
+    return figure
+
+
+def view_ranges(views: Sequence[Views]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The common grey scales of several maps: of their slices, of their projections."""
+    return grey_range([view.slices for view in views]), grey_range([view.projections for view in views])
+
+
+def _difference_figure(volumes: VolumeSet) -> Any:
+    changes = changes_along(volumes)
+    largest = difference_range(changes)
+    figure, grid = _picture_grid(len(changes), 3)
+    for line, (row, change) in enumerate(zip(volumes.drawn[1:], changes, strict=True)):
+        for column in range(3):
+            grid[line][column].imshow(difference_colours(change[column], largest))
+            if line == 0:
+                grid[line][column].set_title(VIEW_NAMES[column + 3], fontsize=8, color=INK)
+        grid[line][0].set_ylabel(
+            f"vol {row:03d} − {volumes.drawn[0]:03d}",
+            fontsize=8,
+            color=INK,
+            rotation=0,
+            ha="right",
+            va="center",
+        )
+    return figure
+
+
+def changes_along(volumes: VolumeSet) -> list[NDArray[np.float32]]:
+    """Projections `(3, D, D)` of each later map minus those of the first."""
+    return [view.projections - volumes.views[0].projections for view in volumes.views[1:]]
+
+
+def _picture_grid(lines: int, columns: int) -> tuple[Any, list[list[Any]]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.9 + 1.15 * columns, 0.3 + 1.15 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = [
+        [figure.add_subplot(lines, columns, line * columns + column + 1) for column in range(columns)]
+        for line in range(lines)
+    ]
+    for ax in (ax for line in grid for ax in line):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    return figure, grid
