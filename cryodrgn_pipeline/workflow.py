@@ -17,6 +17,7 @@ from cryodrgn_pipeline.errors import ConfigError, CryodrgnPipelineError
 
 POLL_INTERVAL_S = 1.0
 LINES_PER_POLL = 5
+HEAD_BYTES = 256
 
 
 def workflow_root() -> Path:
@@ -163,11 +164,11 @@ def following(folder: Path | None, stream: TextIO) -> Iterator[None]:
 
 
 class _LogReader:
-    """Remembers how far each log file has been read; a file that was replaced is read from its start."""
+    """Remembers how far each log file has been read; one that begins differently is another file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read: dict[Path, tuple[int, int]] = {}
+        self._read: dict[Path, tuple[bytes, int]] = {}
 
     def new_lines(self) -> list[str]:
         lines = []
@@ -178,15 +179,16 @@ class _LogReader:
         return lines
 
     def _fresh_text(self, path: Path) -> str:
+        head, offset = self._read.get(path, (b"", 0))
         try:
             with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                inode, offset = self._read.get(path, (status.st_ino, 0))
-                if inode != status.st_ino or status.st_size < offset:
+                beginning = file.read(HEAD_BYTES)
+                if not beginning.startswith(head):
                     offset = 0
                 file.seek(offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:  # removed between listing and reading: Snakemake clears a log before each attempt
             return ""
-        self._read[path] = (status.st_ino, offset + len(whole) + len(newline))
+        offset += len(whole) + len(newline)
+        self._read[path] = (beginning[: min(offset, HEAD_BYTES)], offset)
         return whole.decode("utf-8", errors="replace")

@@ -1,0 +1,425 @@
+"""The whole workflow: started in every way it can be, and running only what a change touches."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from cryodrgn_pipeline.cli import app
+from cryodrgn_pipeline.workflow import following, snakemake_command, workflow_root
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SNAKEFILE = CHECKOUT / "workflows" / "Snakefile"
+FIRST_RUN = {
+    "import_particles": 1,
+    "preprocess_images": 1,
+    "reconstruct_consensus": 1,
+    "train_model": 1,
+    "analyze_latent": 1,
+    "decode_volumes": 2,
+    "write_report": 1,
+}
+TINY: dict[str, Any] = {
+    "preprocess": {"box_size_px": 16},
+    "train": {
+        "latent_dim": 2,
+        "epochs": 1,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_width": 16,
+        "decoder_width": 16,
+    },
+    "analyze": {"clusters": 3, "principal_components": 1, "umap": False, "traversal_points": 2},
+    "resources": {
+        "train": {"threads": 1},
+        "preprocess": {"threads": 1},
+        "consensus": {"threads": 1},
+        "volumes": {"threads": 1},
+    },
+}
+
+
+def snakemake(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def planned(*words: object, cwd: Path) -> dict[str, int]:
+    """How many jobs of each rule a dry run announces."""
+    done = snakemake("--dry-run", *words, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = re.search(r"^job +count\n[- ]+\n(.*?)^total", done.stdout, flags=re.MULTILINE | re.DOTALL)
+    if table is None:
+        assert "Nothing to be done" in done.stdout + done.stderr
+        return {}
+    counts = {line.split()[0]: int(line.split()[1]) for line in table[1].strip().splitlines()}
+    return {rule: count for rule, count in counts.items() if rule not in ("all", "default")}
+
+
+def commands(*words: object, cwd: Path) -> list[list[str]]:
+    """The shell commands that a dry run announces, split into words as a shell would."""
+    done = snakemake("--dry-run", "--printshellcmds", *words, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^Shell command: (cryodrgn-pipeline .*) &> .*$", done.stdout, flags=re.MULTILINE)
+    return [shlex.split(line)[1:] for line in found]
+
+
+def configured(folder: Path, content: dict[str, Any], name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(TINY | content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a particle file and a configuration, for dry runs."""
+    (tmp_path / "p.star").touch()
+    configured(tmp_path, {"datasets": {"mine": {"particles": "p.star"}}})
+    return tmp_path
+
+
+def test_plain_snakemake_in_a_checkout_runs_the_whole_workflow(project: Path) -> None:
+    assert planned("--directory", project, cwd=CHECKOUT) == FIRST_RUN
+
+
+def test_a_snakefile_and_a_configfile_are_enough(project: Path) -> None:
+    (project / "config.yaml").rename(project / "other.yaml")
+    assert planned("-s", SNAKEFILE, "--configfile", "other.yaml", cwd=project) == FIRST_RUN
+
+
+def test_a_configfile_stands_alone_beside_a_config_yaml(project: Path) -> None:
+    configured(project, {"datasets": {"yours": {"particles": "p.star"}}}, "other.yaml")
+    words = commands("-s", SNAKEFILE, "--configfile", "other.yaml", cwd=project)
+    assert {path for line in words for path in line if "mine" in path} == set()
+
+
+def test_the_run_verb_passes_options_and_the_exit_code_on(project: Path) -> None:
+    command = [sys.executable, "-m", "cryodrgn_pipeline", "run", "--cores", "1", "-n"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "This was a dry-run" in done.stdout + done.stderr
+    wrong = subprocess.run(
+        [*command, "no_such_file"], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 1
+
+
+def test_our_profiles_are_found_by_name_and_a_users_by_path(tmp_path: Path) -> None:
+    ours = snakemake_command(tmp_path / "c.yaml", cores=None, profile="slurm", extra=[])
+    assert str(workflow_root() / "workflows" / "profiles" / "slurm") in ours
+    theirs = snakemake_command(tmp_path / "c.yaml", cores=None, profile=str(tmp_path), extra=[])
+    assert theirs[-2:] == ["--profile", str(tmp_path)]
+
+
+@pytest.mark.parametrize(("extra", "cores"), [([], True), (["-j", "3"], False), (["--jobs=3"], False)])
+def test_all_cores_are_taken_unless_something_else_is_said(
+    tmp_path: Path, extra: list[str], cores: bool
+) -> None:
+    command = snakemake_command(tmp_path / "c.yaml", cores=None, profile=None, extra=extra)
+    assert ("--cores" in command) is cores
+
+
+@pytest.mark.parametrize("profile", ["default", "local-gpu", "slurm"])
+def test_no_profile_holds_an_option_that_snakemake_does_not_know(profile: str) -> None:
+    from snakemake.cli import get_argument_parser
+
+    path = CHECKOUT / "workflows" / "profiles" / profile / "config.yaml"
+    known = {action.dest for action in get_argument_parser()._actions} | {"resources"}
+    for key in yaml.safe_load(path.read_text(encoding="utf-8")):
+        assert key.replace("-", "_") in known
+
+
+MODULE = """
+from snakemake.utils import min_version
+min_version("9.12")
+
+rule mine:
+    input: "flex/results/ours/all/vae/report.html"
+    output: "mine.txt"
+    shell: "touch {output}"
+
+module flex:
+    snakefile: "SNAKEFILE"
+    config: {"datasets": {"ours": {"particles": "p.star"}}}
+    pathvars:
+        results="flex/results", logs="flex/logs", benchmarks="flex/benchmarks"
+
+use rule * from flex as flex_*
+
+use rule train_model from flex as flex_train_model with:
+    threads: 3
+"""
+
+
+def test_the_workflow_is_a_module_of_another_one(tmp_path: Path) -> None:
+    (tmp_path / "p.star").touch()
+    (tmp_path / "Snakefile").write_text(MODULE.replace("SNAKEFILE", str(SNAKEFILE)), encoding="utf-8")
+    plan = planned("--cores", "4", cwd=tmp_path)
+    assert plan == {f"flex_{rule}": n for rule, n in FIRST_RUN.items() if rule != "decode_volumes"} | {
+        "flex_decode_volumes": 3,
+        "mine": 1,
+    }
+    by_verb = {line[0]: line for line in commands("--cores", "4", cwd=tmp_path)}
+    train = by_verb["train"]
+    assert train[train.index("-o") + 1] == "flex/results/ours/all/vae"
+    assert train[train.index("--threads") + 1] == "3"
+    assert train[train.index("--epochs") + 1] == "20"
+    assert "p.star" in by_verb["import"]
+
+
+def test_every_command_of_the_workflow_is_one_that_the_verbs_understand(tmp_path: Path) -> None:
+    for name in ("p.cs", "q.cs", "r.mrc", "few.txt"):
+        (tmp_path / name).touch()
+    dataset = {
+        "particles": "p.cs",
+        "passthrough": ["q.cs"],
+        "datadir": ".",
+        "class": 1,
+        "set": {"voltage_kv": 300},
+        "conventions": {"transpose_rotations": True, "negate_shifts": True, "mirror_hand": True},
+        "reference": "r.mrc",
+        "preprocess": {"mask_radius_a": 80.0, "dtype": "float16"},
+        "consensus": {"check": False},
+        "subsets": {
+            "few": {"ids": "few.txt"},
+            "some": {
+                "from_run": "vae",
+                "clusters": [0, 2],
+                "ranges": ["z_0:-1:1"],
+                "where": "loss < 2 and z_0 > 0",
+                "without_junk": True,
+                "invert": True,
+            },
+        },
+        "runs": {
+            "vae": {},
+            "fine": {
+                "subsets": ["few", "some"],
+                "box_size_px": 32,
+                "train": {"in_memory": True, "amp": False, "beta": 0.5},
+                "analyze": {"through": [0, 1]},
+                "volumes": {
+                    "direct_path": True,
+                    "graph_path": True,
+                    "box_size_px": 8,
+                    "low_pass_a": 20.0,
+                    "flip_hand": True,
+                    "crop_px": 8,
+                },
+            },
+        },
+    }
+    configured(tmp_path, {"datasets": {"mine": dataset}})
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = commands("-s", SNAKEFILE, cwd=tmp_path)
+    assert {line[0] for line in lines} == {
+        "import",
+        "preprocess",
+        "consensus",
+        "train",
+        "analyze",
+        "volumes",
+        "select",
+        "report",
+    }
+    for verb, *words in lines:
+        verbs[verb].make_context(verb, words)
+
+
+def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:
+    (project / "config.yaml").write_text("datasets: {mine: {particles: p.star}}", encoding="utf-8")
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for verb, *words in commands("-s", SNAKEFILE, cwd=project):
+        given = verbs[verb].make_context(verb, words)
+        for parameter in verbs[verb].params:
+            if parameter.name not in ("threads", "resume", "z") and not parameter.required:
+                value = given.params[parameter.name]
+                standard = parameter.get_default(given)
+                is_folder = parameter.name in ("consensus", "volumes", "import_dir", "stack", "reference")
+                assert is_folder or value == standard, f"{verb} {parameter.name}: {value} is not {standard}"
+
+
+def test_file_names_reach_the_command_line_whole(tmp_path: Path) -> None:
+    name = "it's; $HOME & `a` b.star"
+    (tmp_path / name).touch()
+    configured(tmp_path, {"datasets": {"mine": {"particles": name}}})
+    assert ["import", name] in [line[:2] for line in commands("-s", SNAKEFILE, cwd=tmp_path)]
+
+
+def test_snakemake_refuses_a_configuration_that_the_schema_does_not_allow(project: Path) -> None:
+    configured(project, {"datasets": {"mine": {"particles": "p.star"}}, "trian": {}})
+    done = snakemake("-n", "-s", SNAKEFILE, cwd=project)
+    assert done.returncode == 1
+    assert "trian" in done.stdout + done.stderr
+
+
+def test_an_empty_configuration_is_answered_with_what_to_do(project: Path) -> None:
+    (project / "config.yaml").write_text("datasets: {}", encoding="utf-8")
+    done = snakemake("-n", "-s", SNAKEFILE, cwd=project)
+    assert done.returncode == 1
+    assert "cryodrgn-pipeline init" in done.stdout + done.stderr
+
+
+def test_lines_of_running_jobs_are_shown_with_their_names(tmp_path: Path) -> None:
+    logs, stream = tmp_path / "logs", io.StringIO()
+    (logs / "mine").mkdir(parents=True)
+    (logs / "mine" / "import.log").write_text("old\n", encoding="utf-8")
+    with following(logs, stream):
+        (logs / "mine" / "import.log").unlink()
+        (logs / "mine" / "import.log").write_text("new\n", encoding="utf-8")
+        (logs / "mine" / "train.log").write_text("epoch 1\nepoch 2\nhalf a li", encoding="utf-8")
+    shown = stream.getvalue().splitlines()
+    assert shown == ["  mine/import | new", "  mine/train | epoch 1", "  mine/train | epoch 2"]
+
+
+# ── On real files ──
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that the whole workflow has run on: one dataset, one id file, two subsets."""
+    folder = tmp_path_factory.mktemp("finished")
+    simulate = ["simulate", "--particles", "48", "--box-size", "16", "--pixel-size", "12", "-o", "data"]
+    subprocess.run([sys.executable, "-m", "cryodrgn_pipeline", *simulate], cwd=folder, check=True)
+    configured(folder, {"datasets": {"mine": dataset_of_the_tests()}})
+    first = snakemake("-s", SNAKEFILE, "--until", "import_particles", cwd=folder)
+    assert first.returncode == 0, first.stdout + first.stderr
+    ids = particle_ids(folder)
+    (folder / "few.txt").write_text("\n".join(ids[:30]) + "\n", encoding="utf-8")
+    (folder / "other.txt").write_text("\n".join(ids[10:40]) + "\n", encoding="utf-8")
+    configured(folder, {"datasets": {"mine": dataset_of_the_tests(few="few.txt")}})
+    done = snakemake("-s", SNAKEFILE, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def particle_ids(folder: Path) -> list[str]:
+    from cryodrgn_pipeline.io.tables import read_particles
+
+    return [
+        str(name) for name in read_particles(folder / "results/mine/import/particles.parquet").particle_id
+    ]
+
+
+def dataset_of_the_tests(**subsets: str) -> dict[str, Any]:
+    return {
+        "particles": "data/particles.star",
+        "subsets": {name: {"ids": path} for name, path in subsets.items()},
+        "runs": {"vae": {"subsets": ["all", *subsets]}},
+    }
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project, to change something in."""
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)  # keeps the times of the files
+    return folder
+
+
+def reruns(folder: Path) -> dict[str, int]:
+    return planned("-s", SNAKEFILE, cwd=folder)
+
+
+def reruns_for(folder: Path, **changes: Any) -> dict[str, int]:
+    configured(folder, {"datasets": {"mine": dataset_of_the_tests(few="few.txt")}} | changes)
+    return reruns(folder)
+
+
+AFTER_TRAINING = {"analyze_latent": 1, "decode_volumes": 2, "write_report": 1}
+
+
+def test_a_finished_workflow_has_written_what_it_promises(finished: Path) -> None:
+    for subset in ("all", "few"):
+        run = finished / "results" / "mine" / subset / "vae"
+        for name in ("latent.parquet", "model.safetensors", "metrics.jsonl", "run.json", "report.html"):
+            assert (run / name).stat().st_size > 0
+        assert len(list((run / "volumes" / "centers").glob("vol_*.mrc"))) == 3
+    for name in ("train.log", "report.log"):
+        assert (finished / "logs" / "mine" / "all" / "vae" / name).is_file()
+    assert (finished / "logs" / "benchmarks" / "mine" / "import.tsv").is_file()
+
+
+def test_a_second_call_does_nothing(again: Path) -> None:
+    assert reruns(again) == {}
+
+
+def test_touching_an_id_file_runs_nothing(again: Path) -> None:
+    (again / "few.txt").touch()
+    assert reruns(again) == {}
+
+
+def test_editing_an_id_file_trains_on_that_subset_only(again: Path) -> None:
+    shutil.copy(again / "other.txt", again / "few.txt")
+    assert reruns(again) == {"train_model": 1} | AFTER_TRAINING
+
+
+def test_a_new_subset_runs_alone(again: Path) -> None:
+    datasets = {"mine": dataset_of_the_tests(few="few.txt", other="other.txt")}
+    assert reruns_for(again, datasets=datasets) == {"train_model": 1} | AFTER_TRAINING
+
+
+def test_other_volumes_need_no_training(again: Path) -> None:
+    assert reruns_for(again, volumes={"flip_hand": True}) == {"decode_volumes": 4, "write_report": 2}
+
+
+def test_another_number_of_clusters_needs_no_training(again: Path) -> None:
+    analyze = TINY["analyze"] | {"clusters": 2}
+    assert reruns_for(again, analyze=analyze) == {name: 2 * n for name, n in AFTER_TRAINING.items()}
+
+
+def test_more_epochs_train_again_on_the_same_stack(again: Path) -> None:
+    train = TINY["train"] | {"epochs": 2}
+    expected = {name: 2 * n for name, n in ({"train_model": 1} | AFTER_TRAINING).items()}
+    assert reruns_for(again, train=train) == expected
+
+
+def test_a_reference_map_is_compared_without_training_again(again: Path) -> None:
+    dataset = dataset_of_the_tests(few="few.txt") | {"reference": "data/consensus.mrc"}
+    assert reruns_for(again, datasets={"mine": dataset}) == {"reconstruct_consensus": 1, "write_report": 2}
+
+
+def test_touching_the_particle_file_runs_nothing_and_editing_it_runs_all(again: Path) -> None:
+    star = again / "data" / "particles.star"
+    star.touch()
+    assert reruns(again) == {}
+    with star.open("a", encoding="utf-8") as file:
+        file.write("\n")
+    assert reruns(again)["import_particles"] == 1
+
+
+def test_other_threads_and_memory_run_nothing(again: Path) -> None:
+    resources = {"train": {"threads": 2, "mem_mb": 1234}}
+    assert reruns_for(again, resources=TINY["resources"] | resources) == {}
+
+
+def test_a_subset_chosen_from_clusters_is_trained_on(again: Path) -> None:
+    dataset = dataset_of_the_tests(few="few.txt")
+    dataset["subsets"]["most"] = {"from_run": "vae", "clusters": [0, 1]}
+    dataset["runs"]["second"] = {"subsets": ["most"]}
+    configured(again, {"datasets": {"mine": dataset}})
+    assert reruns(again) == {"select_subset": 1, "train_model": 1} | AFTER_TRAINING
+    done = snakemake("-s", SNAKEFILE, "--until", "select_subset", cwd=again)
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = (again / "results" / "mine" / "most" / "ids.txt").read_text(encoding="utf-8").split()
+    assert 0 < len(chosen) < 48
+    assert set(chosen) < set(particle_ids(again))
+
+
+def test_a_failed_job_names_its_reason_on_the_screen(again: Path) -> None:
+    (again / "few.txt").write_text("no_such_particle\n", encoding="utf-8")
+    done = snakemake("-s", SNAKEFILE, cwd=again)
+    assert done.returncode == 1
+    assert "no_such_particle" in done.stdout + done.stderr
