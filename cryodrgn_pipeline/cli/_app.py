@@ -22,6 +22,13 @@ app = typer.Typer(
 DATA, MODEL, RESULTS, WORKFLOW = "The data", "The model", "The results", "The workflow"
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at the time, so that a caller may redirect it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"cryodrgn-pipeline {__version__}")
@@ -38,9 +45,8 @@ def _options(
     ] = False,
 ) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose or debug else logging.INFO
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("cryodrgn_pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
-    logger.propagate = False

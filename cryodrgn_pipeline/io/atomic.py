@@ -34,6 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,6 +79,9 @@ def replacing_directory(path: Path, ours: Collection[str] = ("*",)) -> Iterator[
             shutil.rmtree(outgoing, ignore_errors=True)
         else:
             temporary.rename(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing
@@ -42,7 +43,7 @@ def save_model(path: Path, model: TrainedModel) -> None:
         "pixel_size_a": repr(model.pixel_size_a),
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=meta)
+        temporary.write_bytes(save(tensors, metadata=meta))
 
 
 def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel:
@@ -75,7 +76,9 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel:
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a resume state (tensors and plain values only), atomically."""
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        content = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a file name
+        torch.save(state, content)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:
