@@ -10,6 +10,79 @@ import typer
 from cryodrgn_pipeline.cli._app import DATA, app
 
 
+@app.command("import", rich_help_panel=DATA)
+def import_verb(
+    particles: Annotated[Path, typer.Argument(help="RELION .star or cryoSPARC .cs file of a 3D refinement.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write into.")],
+    passthrough: Annotated[
+        list[Path] | None,
+        typer.Option(help="cryoSPARC passthrough .cs file of the same job; may be repeated."),
+    ] = None,
+    datadir: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the image paths are relative to: the project folder."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Overwrite a column for all particles, such as pixel_size_a=1.31; may be repeated.",
+        ),
+    ] = None,
+    metadata_only: Annotated[
+        bool, typer.Option("--metadata-only", help="Do not look for the image files.")
+    ] = False,
+    class_number: Annotated[
+        int | None,
+        typer.Option("--class", metavar="K", min=0, help="Take the particles and poses of this class only."),
+    ] = None,
+    transpose_rotations: Annotated[
+        bool, typer.Option("--transpose-rotations", help="Remedy: the rotations are the inverse ones.")
+    ] = False,
+    negate_shifts: Annotated[
+        bool, typer.Option("--negate-shifts", help="Remedy: the shifts have the other sign.")
+    ] = False,
+    shift_scale: Annotated[
+        float, typer.Option(min=0, help="Remedy: multiply the shifts, as for another pixel size.")
+    ] = 1.0,
+    mirror_hand: Annotated[
+        bool, typer.Option("--mirror-hand", help="Remedy: the poses belong to the mirror image.")
+    ] = False,
+) -> None:
+    """Read the poses and CTFs of a consensus refinement and bring them into one convention.
+
+    Understands RELION 3.0 to 5 (.star) and cryoSPARC (.cs, with its passthrough file). Images are looked for
+    in --datadir, the working directory, and upwards from the particle file. Writes particles.parquet and
+    import.json. The remedies are for poses that break their package's convention: `consensus` names them.
+
+    Example: cryodrgn-pipeline import Refine3D/job012/run_data.star -o results/import
+    """
+    from cryodrgn_pipeline.conventions import Remedies
+    from cryodrgn_pipeline.errors import ConfigError
+    from cryodrgn_pipeline.importing import ImportOptions, import_particles
+
+    try:
+        remedies = Remedies(
+            transpose_rotations=transpose_rotations,
+            negate_shifts=negate_shifts,
+            shift_scale=shift_scale,
+            mirror_hand=mirror_hand,
+        )
+    except ValueError as error:
+        raise ConfigError(f"import: {error}") from error
+    options = ImportOptions(
+        passthrough=tuple(passthrough or ()),
+        datadir=datadir,
+        assignments=tuple(assignments or ()),
+        metadata_only=metadata_only,
+        class_number=class_number,
+        remedies=remedies,
+    )
+    import_particles(particles, output, options)
+    typer.echo(output / "particles.parquet")
+
+
 @app.command("simulate", rich_help_panel=DATA)
 def simulate_verb(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; replaced when whole.")],

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 COPY_BYTES = 1 << 20
 EXAMPLES = 3
-OVERFLOW = "values beyond the last column"
+BLANK = ord(" ")
+"""Bytes up to this one separate values."""
+
 NUMBER_WORDS = ["nan", "NaN", "NAN", "-nan", "<NA>", "NA", "null", "None"]
 BLOCK = re.compile(rb"^[ \t]*data_(\S*)[ \t]*\r?$", re.MULTILINE)
 
@@ -204,8 +206,6 @@ def read_table(path: Path, block: StarBlock, text: Sequence[str], numbers: Seque
         return StarTable(path, block, {name: frame[name] for name in [*text, *numbers]}, 1)
     if block.start == block.stop:
         raise InputFormatError(f"{path}: data_{block.name} has no rows")
-    last = block.columns[-1]
-    names = [*block.columns, OVERFLOW]
     try:
         with _Region(path, block.start, block.stop) as region:
             frame = pd.read_csv(
@@ -214,34 +214,44 @@ def read_table(path: Path, block: StarBlock, text: Sequence[str], numbers: Seque
                 engine="c",
                 header=None,
                 index_col=False,
-                names=names,
-                usecols=list({*text, *numbers, last, OVERFLOW}),
-                dtype=dict.fromkeys({*text, last} - set(numbers) | {OVERFLOW}, str),
+                names=block.columns,
+                usecols=[*text, *numbers],
+                dtype=dict.fromkeys(text, str),
                 keep_default_na=False,
                 na_values=dict.fromkeys(numbers, NUMBER_WORDS),
                 low_memory=False,
             )
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise InputFormatError(f"{path}: the rows of data_{block.name} cannot be read: {error}") from error
-    _check_row_lengths(path, block, frame[last], frame[OVERFLOW])
+    _check_row_lengths(path, block, len(frame))
     return StarTable(path, block, {name: frame[name] for name in [*text, *numbers]}, len(frame))
 
 
-def _check_row_lengths(path: Path, block: StarBlock, last: Any, overflow: Any) -> None:
-    too_long = np.asarray(overflow.notna() & (overflow != ""), dtype=bool)
-    short = last.isna() if last.dtype.kind in "iuf" else last == ""
-    wrong = np.flatnonzero(too_long | np.asarray(short, dtype=bool))
-    if not len(wrong):
+def _check_row_lengths(path: Path, block: StarBlock, rows: int) -> None:
+    """Count the values: pandas, told which columns to use, passes over rows that are too long or short."""
+    width, values = len(block.columns), 0
+    with _Region(path, block.start, block.stop) as region:
+        reader = io.BufferedReader(region, COPY_BYTES)
+        while piece := reader.read(COPY_BYTES):
+            blank = np.frombuffer(piece + reader.readline(), dtype=np.uint8) <= BLANK
+            values += int(not blank[0]) + int(np.count_nonzero(blank[:-1] > blank[1:]))
+    if values == rows * width:
         return
     with _Region(path, block.start, block.stop) as region:
-        counts = [len(line.split()) for line in io.BufferedReader(region) if line.strip()]
-    wrong = wrong[[counts[row] != len(block.columns) for row in wrong]]  # "nan" and "" are values
+        lines = (line for line in io.BufferedReader(region) if line.strip())
+        counts = np.array([len(_words(line)) for line in lines])
+    wrong = np.flatnonzero(counts != width)
     if len(wrong):
         raise InputFormatError(
-            f"{path}: {len(wrong)} of the {len(counts)} rows of data_{block.name} have not the "
-            f"{len(block.columns)} values that the {len(block.columns)} columns need, first row "
-            f"{wrong[0] + 1} with {counts[wrong[0]]}: the file may be truncated"
+            f"{path}: {len(wrong)} of the {len(counts)} rows of data_{block.name} do not have one value for "
+            f"each of the {width} columns, first row {wrong[0] + 1} with {counts[wrong[0]]} values: the file "
+            "may be truncated"
         )
+
+
+def _words(line: bytes) -> list[str]:
+    text = line.decode(errors="replace")
+    return re.findall(r'"[^"]*"|\S+', text) if '"' in text else text.split()
 
 
 class _Region(io.RawIOBase):
