@@ -93,6 +93,11 @@ def half_set_from_split(split: NDArray[np.integer]) -> NDArray[np.int64]:
     return split.astype(np.int64) + 1
 
 
+def split_from_half_set(half_set: NDArray[np.integer]) -> NDArray[np.uint32]:
+    """CryoSPARC's `alignments3D/split` 0 or 1 of half set 1 or 2."""
+    return (half_set - 1).astype(np.uint32)
+
+
 def electron_wavelength_a(voltage_kv: Array) -> Array:
     """Relativistic electron wavelength in Å; the same formula as `fourier.ctf`, without torch."""
     volts = voltage_kv * 1e3

@@ -83,6 +83,28 @@ def import_verb(
     typer.echo(output / "particles.parquet")
 
 
+@app.command("export", rich_help_panel=DATA)
+def export_verb(
+    import_dir: Annotated[Path, typer.Argument(help="Folder of an import.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .star or .cs.")],
+    subset: Annotated[
+        Path | None, typer.Option(help="Text file, one particle id per line; all particles without it.")
+    ] = None,
+) -> None:
+    """Write imported particles, or a subset of them, as a RELION or cryoSPARC file.
+
+    A file of the source's own kind is the original table with rows left out: all columns, the order and every
+    value stay as they were (a .cs passthrough file is cut beside it). The other kind is made from the poses
+    and CTFs, with remedies and --set values applied.
+
+    Example: cryodrgn-pipeline export results/import --subset closed.txt -o closed.star
+    """
+    from cryodrgn_pipeline.exporting import export_particles
+
+    for path in export_particles(import_dir, output, subset).files:
+        typer.echo(path)
+
+
 @app.command("simulate", rich_help_panel=DATA)
 def simulate_verb(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; replaced when whole.")],

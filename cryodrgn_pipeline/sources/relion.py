@@ -107,6 +107,12 @@ def read_relion(path: Path, overrides: Mapping[str, float], class_number: int | 
     return draft
 
 
+def source_ids(path: Path) -> NDArray[np.object_]:
+    """The particle ids `(N,)` of all rows of a RELION particle file, in its order."""
+    block, _ = find_tables(path)
+    return _images(path, read_table(path, block, ["rlnImageName"], ["rlnRandomSubset"])).particle_id
+
+
 def _images(path: Path, particles: StarTable) -> Draft:
     import pyarrow as pa
     import pyarrow.compute as pc
