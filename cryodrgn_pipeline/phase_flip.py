@@ -6,7 +6,6 @@ Nothing else is done to them: no centring, no contrast sign, no window, same ord
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.fourier.crop import fourier_crop
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.io.atomic import replacing
-from cryodrgn_pipeline.io.images import Batch, ParticleImages, stream
+from cryodrgn_pipeline.io.images import ParticleImages, stream
 from cryodrgn_pipeline.io.imported import ImportedSource
 from cryodrgn_pipeline.io.mrc import MrcStackWriter
 from cryodrgn_pipeline.io.output_lock import full_disk_explained, sole_writer
@@ -26,8 +25,6 @@ from cryodrgn_pipeline.particles import ParticleSet
 from cryodrgn_pipeline.progress import progress
 
 log = logging.getLogger(__name__)
-
-FFT_BATCH = 16
 
 
 def phase_flip(
@@ -66,8 +63,6 @@ def phase_flip(
         log.warning(note)
     particles = source.particles
     images = ParticleImages(particles, source.recorded)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     try:
         d = _output_box(images, box_size_px)
         pixel_sizes = particles.optics.pixel_size_a * images.box_size_px / d
@@ -87,18 +82,20 @@ def phase_flip(
             progress("phase-flip", n) as advance,
         ):
 
-            def work(rows: NDArray[np.int64], batches: list[Batch], out: NDArray[np.float32]) -> None:
-                for batch in batches:
-                    for start in range(0, len(batch.images), FFT_BATCH):
-                        places = batch.positions[start : start + FFT_BATCH]
-                        original = torch.from_numpy(batch.images[start : start + FFT_BATCH])
-                        flipped = flip_images(original, particles.take(rows[places]))
-                        out[places] = (flipped if d == len(original[0]) else fourier_crop(flipped, d)).numpy()
-                advance(len(rows))
+            def work(rows: NDArray[np.int64], part: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
+                flipped = flip_images(torch.from_numpy(part), particles.take(rows))
+                return (flipped if d == part.shape[-1] else fourier_crop(flipped, d)).numpy(), None
 
-            stream(images, n, chunk_size or images.chunk_size(), work, writer.append, d)
+            stream(
+                images,
+                box_size_px=d,
+                chunk_size=chunk_size,
+                threads=threads,
+                work=work,
+                collect=lambda rows, result, parts: advance(len(rows)),
+                write=writer.append,
+            )
     finally:
-        torch.set_num_threads(before)
         images.close()
     log.info("%s: %d phase-flipped images of %d px", output, n, d)
 

@@ -79,7 +79,7 @@ def preprocess(
         needed = len(particles) * settings.box_size_px**2 * np.dtype(settings.dtype).itemsize
         with sole_writer(output), full_disk_explained(output, needed), replacing_directory(output) as folder:
             run = StackRun(particles, images, settings, folder)
-            run.write_images(chunk_size or images.chunk_size(), threads)
+            run.write_images(chunk_size, threads)
             noise = run.write_tables()
             write_json(
                 folder / INFO,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.fourier.crop import cropped_spectrum
 from cryodrgn_pipeline.fourier.noise import NoiseEstimate, NoiseSpectrum
 from cryodrgn_pipeline.fourier.window import linear_window, soft_disc
-from cryodrgn_pipeline.io.images import Batch, ParticleImages, stream
+from cryodrgn_pipeline.io.images import ParticleImages, stream
 from cryodrgn_pipeline.io.mrc import MrcStackWriter
 from cryodrgn_pipeline.io.noise_table import write_noise
 from cryodrgn_pipeline.io.tables import write_particles
@@ -27,8 +26,9 @@ from cryodrgn_pipeline.stack import APPLIED_SHIFT_COLUMNS, IMAGES, NOISE, PARTIC
 
 log = logging.getLogger(__name__)
 
-FFT_BATCH = 32  # images at a time: small enough for the cache
-NOISE_IMAGES_PER_GROUP = 5000
+Partial = dict[int, NoiseEstimate]
+
+NOISE_IMAGES_PER_GROUP = 2000
 MASK_EDGE = 0.05  # of the box: width of the soft edge of the real-space mask
 FLOAT16_LARGEST = 65504.0
 BACKGROUND_LEVEL_WORTH_A_WORD = 0.5  # in standard deviations of the background
@@ -87,42 +87,42 @@ class StackRun:
         self.noise: dict[int, NoiseEstimate] = {}
         self.weights: dict[float, Tensor] = {}
 
-    def write_images(self, chunk_size: int, threads: int | None) -> None:
+    def write_images(self, chunk_size: int | None, threads: int | None) -> None:
         """Stream all images through `_work` into the folder's stack."""
         settings, n = self.settings, len(self.particles)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-        label = f"{n} particles, centred, cropped"
-        try:
-            with (
-                MrcStackWriter(
-                    self.folder / IMAGES,
-                    n_images=n,
-                    box_size_px=settings.box_size_px,
-                    voxel_size_a=self.pixel_size_a,
-                    dtype=settings.dtype,
-                    label=label,
-                ) as writer,
-                progress("preprocess", n) as advance,
-            ):
+        with (
+            MrcStackWriter(
+                self.folder / IMAGES,
+                n_images=n,
+                box_size_px=settings.box_size_px,
+                voxel_size_a=self.pixel_size_a,
+                dtype=settings.dtype,
+                label=f"{n} particles, centred, cropped",
+            ) as writer,
+            progress("preprocess", n) as advance,
+        ):
 
-                def work(rows: NDArray[np.int64], batches: list[Batch], out: NDArray[np.float32]) -> None:
-                    for batch in batches:
-                        for start in range(0, len(batch.images), FFT_BATCH):
-                            part = slice(start, start + FFT_BATCH)
-                            places = batch.positions[part]
-                            self._work(rows[places], batch.images[part], out, places)
-                    if settings.dtype == "float16":
-                        self._check_float16(rows, out)
-                    advance(len(rows))
+            def collect(rows: NDArray[np.int64], result: NDArray[np.float32], parts: list[Partial]) -> None:
+                for part in parts:  # in row order, so that sums do not depend on which thread was first
+                    for group, estimate in part.items():
+                        self.noise.setdefault(group, NoiseEstimate(settings.box_size_px)).merge(estimate)
+                if settings.dtype == "float16":
+                    self._check_float16(rows, result)
+                advance(len(rows))
 
-                stream(self.images, n, chunk_size, work, writer.append, settings.box_size_px)
-        finally:
-            torch.set_num_threads(before)
+            stream(
+                self.images,
+                box_size_px=settings.box_size_px,
+                chunk_size=chunk_size,
+                threads=threads,
+                work=self._work,
+                collect=collect,
+                write=writer.append,
+            )
 
     def _work(
-        self, rows: NDArray[np.int64], images: NDArray[np.float32], out: NDArray[np.float32], places: Any
-    ) -> None:
+        self, rows: NDArray[np.int64], images: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], Partial]:
         d = self.settings.box_size_px
         spectrum = cropped_spectrum(
             torch.from_numpy(images),
@@ -130,9 +130,9 @@ class StackRun:
             shift_px=torch.from_numpy(self.shift_px[rows]),
             factor=torch.from_numpy(self.particles.contrast_sign[rows].astype(np.float32)),
         )
+        self._check_finite(rows, spectrum)
         cropped = torch.fft.irfft2(spectrum, s=(d, d))
-        self._check_finite(rows, cropped)
-        self._add_noise(rows, cropped, spectrum)
+        noise = self._noise_of(rows, cropped, spectrum)
         pixel_sizes = self.pixel_sizes_a[rows]
         for pixel_size in np.unique(pixel_sizes):
             weight = self._weight(float(pixel_size))
@@ -142,18 +142,20 @@ class StackRun:
                     cropped *= weight
                 else:
                     cropped[same] *= weight
-        out[places] = cropped.numpy()
+        return cropped.numpy(), noise
 
-    def _add_noise(self, rows: NDArray[np.int64], cropped: Tensor, spectrum: Tensor) -> None:
+    def _noise_of(self, rows: NDArray[np.int64], cropped: Tensor, spectrum: Tensor) -> Partial:
+        estimates = {}
         sampled = self.in_noise_sample[rows]
         groups = self.particles.optics.optics_group[rows]
         for group in np.unique(groups[sampled]):
             chosen = torch.from_numpy(sampled & (groups == group))
-            estimate = self.noise.setdefault(int(group), NoiseEstimate(self.settings.box_size_px))
+            estimate = estimates[int(group)] = NoiseEstimate(self.settings.box_size_px)
             if bool(chosen.all()):
                 estimate.add(cropped, spectrum)
             else:
                 estimate.add(cropped[chosen], spectrum[chosen])
+        return estimates
 
     def _weight(self, pixel_size_a: float) -> Tensor | None:
         """Window times mask for images of this pixel size; None if there is neither."""
@@ -169,8 +171,8 @@ class StackRun:
             self.weights[pixel_size_a] = parts[0] if len(parts) == 1 else parts[0] * parts[1]
         return self.weights[pixel_size_a]
 
-    def _check_finite(self, rows: NDArray[np.int64], cropped: Tensor) -> None:
-        good = torch.isfinite(cropped.sum((1, 2)))
+    def _check_finite(self, rows: NDArray[np.int64], spectrum: Tensor) -> None:
+        good = torch.isfinite(spectrum[:, 0, 0].abs())  # one bad pixel spoils all coefficients
         if not bool(good.all()):
             row = rows[int(torch.nonzero(~good)[0])]
             raise InputFormatError(

@@ -7,6 +7,7 @@ noise of variance σ² per pixel has σ² D². Nyquist rows and columns, which a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -54,13 +55,11 @@ def shell_means(power: Tensor) -> Tensor:
 
 
 class NoiseEstimate:
-    """Adds up the images of one optics group, batch by batch."""
+    """Adds up images of one optics group; partial estimates of several threads can be merged."""
 
     def __init__(self, box_size_px: int) -> None:
         """Start for images of an even box of `box_size_px`."""
         d = box_size_px
-        self._weight = 1 - soft_disc(d, OUTSIDE_RADIUS * d / 2, (1 - OUTSIDE_RADIUS) * d / 2)
-        self._weight_sum = float(self._weight.sum())
         self._outside = torch.zeros(d, d // 2 + 1, dtype=torch.float64)
         self._total = torch.zeros(d, d // 2 + 1, dtype=torch.float64)
         self._images = self._with_outside = 0
@@ -72,17 +71,28 @@ class NoiseEstimate:
         Each image's own background level is taken off first: it is no noise, and would leak into the
         lowest shells through the mask.
         """
+        d = images.shape[-1]
+        weight = _outside_weight(d)
         self._images += len(images)
         self._total += _power(spectrum)
-        mean = (images * self._weight).sum((1, 2)) / self._weight_sum
-        outside = (images - mean[:, None, None]) * self._weight
-        variance = outside.square().sum((1, 2)) / float(self._weight.square().sum())
-        alive = variance > EMPTY_BELOW * images.var((1, 2))
+        mean = images.flatten(1) @ weight.flatten() / weight.sum()
+        outside = torch.addcmul(-mean[:, None, None] * weight, images, weight)
+        variance = _squares(outside) / weight.square().sum()
+        alive = variance > EMPTY_BELOW * (_squares(images) / d**2 - (spectrum[:, 0, 0].real / d**2) ** 2)
         if bool(alive.any()):
             self._outside += _power(torch.fft.rfft2(outside if bool(alive.all()) else outside[alive]))
             self._with_outside += int(alive.sum())
             self._mean_sum += float(mean[alive].double().sum())
             self._variance_sum += float(variance[alive].double().sum())
+
+    def merge(self, other: NoiseEstimate) -> None:
+        """Take over what another estimate of the same group and box has added up."""
+        self._outside += other._outside
+        self._total += other._total
+        self._images += other._images
+        self._with_outside += other._with_outside
+        self._mean_sum += other._mean_sum
+        self._variance_sum += other._variance_sum
 
     def result(self) -> NoiseSpectrum:
         """The spectra of all images added so far; an estimate without images is an error."""
@@ -93,7 +103,7 @@ class NoiseEstimate:
         outside_counts = self._with_outside > MOSTLY * self._images
         noise = total
         if outside_counts:
-            area = float(self._weight.square().mean())
+            area = float(_outside_weight(2 * (len(total) - 1)).square().mean())
             noise = shell_means(self._outside / (n * area))
             noise[0] = noise[1]  # the background level was taken off, so shell 0 holds nothing of its own
         return NoiseSpectrum(
@@ -106,5 +116,16 @@ class NoiseEstimate:
         )
 
 
+@lru_cache(maxsize=4)
+def _outside_weight(box_size_px: int) -> Tensor:
+    half = box_size_px / 2
+    return 1 - soft_disc(box_size_px, OUTSIDE_RADIUS * half, (1 - OUTSIDE_RADIUS) * half)
+
+
+def _squares(images: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norm.square()
+
+
 def _power(spectrum: Tensor) -> Tensor:
-    return torch.view_as_real(spectrum).square().sum(-1).sum(0, dtype=torch.float64)
+    return torch.view_as_real(spectrum).square().sum(0).sum(-1).double()

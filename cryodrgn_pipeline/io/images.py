@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from cryodrgn_pipeline.particles import ParticleSet
 
 OPEN_FILES = 64
 CHUNK_BYTES = 64 * 2**20
+WORK_BATCH = 16  # images one thread works on at a time: small enough for its cache
+
+Extra = TypeVar("Extra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,32 +149,54 @@ class ParticleImages:
 
 def stream(
     images: ParticleImages,
-    n_rows: int,
-    chunk_size: int,
-    work: Callable[[NDArray[np.int64], list[Batch], NDArray[np.float32]], None],
-    write: Callable[[NDArray[np.float32]], None],
+    *,
     box_size_px: int,
+    chunk_size: int | None,
+    threads: int | None,
+    work: Callable[[NDArray[np.int64], NDArray[np.float32]], tuple[NDArray[np.float32], Extra]],
+    collect: Callable[[NDArray[np.int64], NDArray[np.float32], list[Extra]], None],
+    write: Callable[[NDArray[np.float32]], None],
 ) -> None:
-    """Read, work on and write all rows in chunks, so that disk and arithmetic overlap.
+    """Read, work on and write all particles' images in chunks; disk and arithmetic overlap.
+
+    Every thread works on a few images at a time by itself: no thread waits for another within an image, which
+    on a machine that others use as well costs more than the arithmetic.
 
     Parameters
     ----------
     images
-        Where the rows' images come from.
-    n_rows, chunk_size
-        How many rows there are, and how many make one chunk; memory holds two chunks.
-    work
-        Called with the rows of a chunk, its batches and `(n, D, D)` memory for the results.
-    write
-        Called with the results of each chunk in row order, from another thread.
+        Where the images come from.
     box_size_px
         The box D of the results.
+    chunk_size, threads
+        Images read at once (default about 64 MiB; memory holds two chunks) and working threads (default all
+        cores the process may use).
+    work
+        Called in the threads with k rows and their `(k, D₀, D₀)` images; gives `(k, D, D)` results and
+        something for `collect`.
+    collect
+        Called in row order with the rows of a chunk, its results and all that `work` gave for it.
+    write
+        Called with the results of each chunk, in row order, in a thread of its own.
     """
-    chunk_size = min(chunk_size, n_rows)
-    chunks = [np.arange(start, min(start + chunk_size, n_rows)) for start in range(0, n_rows, chunk_size)]
-    buffers = [images.buffer(chunk_size) for _ in range(2)]
-    results = [np.empty((chunk_size, box_size_px, box_size_px), dtype=np.float32) for _ in range(2)]
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    n = len(images.box_size_px)
+    size = min(chunk_size or images.chunk_size(), n)
+    chunks = [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
+    buffers = [images.buffer(size) for _ in range(2)]
+    results = [np.empty((size, box_size_px, box_size_px), dtype=np.float32) for _ in range(2)]
+    workers = threads or len(os.sched_getaffinity(0))
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(workers, initializer=_compute_alone) as pool,
+    ):
+
+        def part(rows: NDArray[np.int64], batch: Batch, start: int, result: NDArray[np.float32]) -> Extra:
+            places = batch.positions[start : start + WORK_BATCH]
+            done, extra = work(rows[places], batch.images[start : start + WORK_BATCH])
+            result[places] = done
+            return extra
+
         coming = reader.submit(images.read, chunks[0], buffers[0])
         going: Future[None] | None = None
         for number, rows in enumerate(chunks):
@@ -178,12 +204,23 @@ def stream(
             if number + 1 < len(chunks):
                 coming = reader.submit(images.read, chunks[number + 1], buffers[(number + 1) % 2])
             result = results[number % 2][: len(rows)]
-            work(rows, batches, result)
+            parts = [
+                pool.submit(part, rows, batch, start, result)
+                for batch in batches
+                for start in range(0, len(batch.images), WORK_BATCH)
+            ]
+            collect(rows, result, [one.result() for one in parts])
             if going is not None:
                 going.result()
             going = writer.submit(write, result)
         if going is not None:
             going.result()
+
+
+def _compute_alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _check_unchanged(path: Path, recorded: tuple[int, int] | None) -> None:

@@ -250,7 +250,7 @@ class MrcStackWriter:
         flat = images.reshape(-1)
         self._lowest = min(self._lowest, float(flat.min()))
         self._highest = max(self._highest, float(flat.max()))
-        self._sum += float(flat.sum(dtype=np.float64))
+        self._sum += float(images.reshape(len(images), -1).sum(1).sum(dtype=np.float64))
         self._squares += sum(float(np.vdot(image, image)) for image in images)
         self._file.write(stored.data)
         self.written += len(images)
