@@ -279,7 +279,7 @@ def epoch_times(
     return 1e3 * (wall_end - wall) / images / epochs, 1e3 * (cpu_end - cpu) / images / epochs
 
 
-PEER_EPOCH, OUR_EPOCH = r"=> Epoch: \d+ Average", r"epoch +\d+(/| of )"
+PEER_EPOCH, OUR_EPOCH = r"=> Epoch: \d+ Average", r"epoch \d+ of \d+: reconstruction"
 
 
 def peer_training(bench: Bench, star: Path, out: Path, epochs: int, width: int) -> list[str | Path]:

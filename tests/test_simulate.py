@@ -296,3 +296,26 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, option, value):
     assert isinstance(result.exception, ConfigError)
     assert value in str(result.exception)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("form", ["star", "cs"])
+def test_import_finds_the_true_poses_defoci_and_images_in_either_form(made, tmp_path, form):
+    arguments = ["import", str(made / f"particles.{form}"), "-o", str(tmp_path / "imported")]
+    if form == "cs":
+        arguments += ["--passthrough", str(made / "particles_passthrough.cs")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = pd.read_parquet(tmp_path / "imported/particles.parquet")
+    truth = pd.read_parquet(made / "truth/truth.parquet")
+    ids = "particle_id" if form == "star" else "uid"
+    assert list(found["particle_id"]) == list(truth[ids])
+    rotation = [f"rotation_{i}{j}" for i in range(3) for j in range(3)]
+    np.testing.assert_allclose(found[rotation], truth[rotation], atol=1e-6)
+    for column in ("shift_x_a", "shift_y_a"):
+        np.testing.assert_allclose(found[column], truth[column], atol=1e-5)
+    for column in ("defocus_u_a", "defocus_v_a", "defocus_angle_deg"):
+        np.testing.assert_allclose(found[column], truth[column], rtol=1e-6)
+    particles = draw_particles(SMALL).reported
+    np.testing.assert_array_equal(found["image_index"], particles.images.index)
+    np.testing.assert_array_equal(found["half_set"], particles.half_set)
+    np.testing.assert_array_equal(found["micrograph"], particles.micrograph)
