@@ -114,10 +114,10 @@ def scan_blocks(path: Path) -> list[StarBlock]:
                 raise InputFormatError(f"{path} is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 heads = list(_heads(content))
-                ends = [start for start, _, _ in heads[1:]] + [len(content)]
+                ends = [*(start for start, _, _ in heads), len(content)][1:]
                 blocks = [
-                    _block(path, content, name, begin, end)
-                    for (_, begin, name), end in zip(heads, ends, strict=True)
+                    _block(path, content, head[2], head[1], end)
+                    for head, end in zip(heads, ends, strict=False)
                 ]
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputFormatError(f"{path}: no such STAR file") from error
