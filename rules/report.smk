@@ -16,6 +16,14 @@ rule write_report:
             subcategory="{subset}",
             labels={"run": "{run}", "page": "report"},
         ),
+        figures=report(
+            directory("<results>/{dataset}/{subset}/{run}/report"),
+            patterns=["{figure}.png"],
+            caption="../workflows/report/figure.rst",
+            category="{dataset}",
+            subcategory="{subset}",
+            labels={"run": "{run}", "page": "{figure}"},
+        ),
     log:
         "<logs>/{dataset}/{subset}/{run}/report.log",
     benchmark:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import cryodrgn_pipeline
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
 HEAVY_MODULES = [
@@ -65,6 +67,11 @@ def test_every_requirement_is_pinned_and_no_pin_names_a_place() -> None:
     required = [requirement for group in groups for requirement in group]
     missing = {normalised(name) for name in required} - {normalised(pin) for pin in pins}
     assert not missing
+
+
+def test_the_conda_environment_installs_this_version() -> None:
+    environment = (CHECKOUT / "workflows" / "envs" / "cryodrgn-pipeline.yaml").read_text(encoding="utf-8")
+    assert f"- cryodrgn-pipeline =={cryodrgn_pipeline.__version__}\n" in environment
 
 
 @pytest.mark.parametrize("statement", ["import cryodrgn_pipeline", "import cryodrgn_pipeline.cli"])
