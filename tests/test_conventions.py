@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodrgn_pipeline.conventions import (
@@ -45,15 +45,15 @@ def single(rot: float, tilt: float, psi: float) -> np.ndarray:
     return rotation_from_relion(np.array([rot]), np.array([tilt]), np.array([psi]))
 
 
+@settings(deadline=None)
 @given(angle, angle, angle)
 def test_relion_angles_give_relions_own_matrix(rot: float, tilt: float, psi: float) -> None:
     np.testing.assert_allclose(single(rot, tilt, psi)[0], euler_angles_2_matrix(rot, tilt, psi), atol=2e-15)
 
 
+@settings(deadline=None)
 @given(angle, st.one_of(angle, st.sampled_from([0.0, 180.0, 1e-9, -1e-7, 179.9999999])), angle)
-def test_rotations_come_back_from_relion_angles_even_at_the_poles(
-    rot: float, tilt: float, psi: float
-) -> None:
+def test_rotations_come_back_from_relion_angles_even_at_poles(rot: float, tilt: float, psi: float) -> None:
     rotation = single(rot, tilt, psi)
     angles = relion_from_rotation(rotation)
     assert 0 <= angles[1][0] <= 180
@@ -67,6 +67,7 @@ def test_noise_at_the_pole_does_not_turn_the_image() -> None:
     np.testing.assert_allclose(rotation_from_relion(*relion_from_rotation(rotation)), rotation, atol=2e-7)
 
 
+@settings(deadline=None)
 @given(angle, angle, angle)
 def test_rotations_come_back_from_cryosparc_poses(rot: float, tilt: float, psi: float) -> None:
     rotation = single(rot, tilt, psi)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import starfile
+from particle_files import OPTICS, loop_block, particle_columns, write_relion
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.star import read_table, scan_blocks, write_masked, write_tables
-from tests.particle_files import OPTICS, loop_block, particle_columns, write_relion
 
 
 def names(path: Path) -> list[str]:
@@ -81,9 +81,7 @@ def test_quoted_texts_may_hold_blanks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "inf", "-inf", "abc", "<NA>"])
-def test_a_value_that_is_no_finite_number_is_named_with_column_count_and_row(
-    tmp_path: Path, word: str
-) -> None:
+def test_a_value_that_is_no_finite_number_is_named_with_its_rows(tmp_path: Path, word: str) -> None:
     columns = particle_columns() | {"rlnDefocusU": [15000.5, word, 15000.5, word]}
     path = write_relion(tmp_path / "p.star", columns)
     table = read_table(path, scan_blocks(path)[1], [], ["rlnDefocusU"])

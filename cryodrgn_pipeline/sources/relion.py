@@ -154,11 +154,7 @@ def _share_half_sets(draft: Draft, particles: StarTable, first: NDArray[np.int64
         f"{count} rows repeat an image (symmetry expansion?): their ids end in #2, #3 ..., and all rows of "
         "an image share a half set"
     )
-    if (
-        "rlnRandomSubset" not in particles
-    ):  # else later steps might split copies of one image over both halves
-        draft.half_set = 1 + np.unique(first, return_inverse=True)[1] % 2
-        draft.origins["half_set"] = "assigned, since images repeat and there is no rlnRandomSubset"
+    if "rlnRandomSubset" not in particles:
         return
     halves = particles.integers("rlnRandomSubset")
     draft.half_set = halves[first]
