@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		"environment. On Debian or Ubuntu: apt install python3-venv" \
 		"(or $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))" >&2; exit 1; }
 	@echo "installing into .venv (once; some minutes)"
-	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
