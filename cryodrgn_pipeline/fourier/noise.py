@@ -103,8 +103,7 @@ class NoiseEstimate:
         outside_counts = self._with_outside > MOSTLY * self._images
         noise = total
         if outside_counts:
-            area = float(_outside_weight(2 * (len(total) - 1)).square().mean())
-            noise = shell_means(self._outside / (n * area))
+            noise = shell_means(self._outside / n) / shell_means(_share_kept(2 * (len(total) - 1)))
             noise[0] = noise[1]  # the background level was taken off, so shell 0 holds nothing of its own
         return NoiseSpectrum(
             noise_power=noise,
@@ -120,6 +119,21 @@ class NoiseEstimate:
 def _outside_weight(box_size_px: int) -> Tensor:
     half = box_size_px / 2
     return 1 - soft_disc(box_size_px, OUTSIDE_RADIUS * half, (1 - OUTSIDE_RADIUS) * half)
+
+
+@lru_cache(maxsize=4)
+def _share_kept(box_size_px: int) -> Tensor:
+    """E|F|² of white noise after the level is taken off and the weight multiplied on, over that before.
+
+    The outside m (x − Σ q x) with q = m / Σ m is linear in the pixels x. A coefficient of it has the
+    variance Σ m² − 2 Re(M* T) + |M|² Σ q², where M and T are the transforms of m and m q.
+    """
+    weight = _outside_weight(box_size_px).double()
+    mean_weight = weight / weight.sum()
+    spread, overlap = torch.fft.rfft2(weight), torch.fft.rfft2(weight * mean_weight)
+    kept = weight.square().sum() - 2 * (spread.conj() * overlap).real
+    share: Tensor = (kept + spread.abs().square() * mean_weight.square().sum()) / box_size_px**2
+    return share
 
 
 def _squares(images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cryodrgn_pipeline.particles import ParticleSet
 
 OPEN_FILES = 64
 CHUNK_BYTES = 64 * 2**20
-WORK_BATCH = 16  # images one thread works on at a time: small enough for its cache
+WORK_BATCH = 32  # images one thread works on at a time: small enough for its cache
 
 Extra = TypeVar("Extra")
 

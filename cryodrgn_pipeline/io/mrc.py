@@ -269,7 +269,8 @@ class MrcStackWriter:
         header["cella"] = (d * self.voxel_size_a, d * self.voxel_size_a, self.voxel_size_a)
         header["cellb"] = (90, 90, 90)
         header["mapc"], header["mapr"], header["maps"] = 1, 2, 3
-        header["dmin"], header["dmax"], header["dmean"] = self._lowest, self._highest, mean
+        header["dmin"], header["dmax"] = self.dtype.type(self._lowest), self.dtype.type(self._highest)
+        header["dmean"] = mean
         header["rms"] = math.sqrt(max(0.0, self._squares / count - mean**2))
         header["nversion"], header["map"] = 20141, b"MAP "
         header["machst"] = LITTLE_ENDIAN_STAMP
