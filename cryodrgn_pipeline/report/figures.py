@@ -42,6 +42,15 @@ def shown_rows(n: int, seed: int = 0) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(n, size=DRAWN_POINTS, replace=False))
 
 
+def axis_range(values: NDArray[np.floating]) -> tuple[float, float]:
+    """Where to draw an axis so that a few far-out particles do not squeeze all others into a line."""
+    x = np.asarray(values, dtype=np.float64)
+    low, high = np.percentile(x, (0.5, 99.5))
+    margin = 0.15 * (high - low) or 1.0
+    edge = 0.03 * (high - low) or 1.0
+    return max(float(low - margin), float(x.min() - edge)), min(float(high + margin), float(x.max() + edge))
+
+
 def fsc_curves(fsc: Columns) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Frequency in 1/Å and correlation of each FSC column that holds numbers, without the zero shell."""
     frequency = np.asarray(fsc["frequency_per_a"], dtype=np.float64)
@@ -124,6 +133,8 @@ def _latent_figure(
             ax.annotate(
                 str(label), (x[row], y[row]), (4, 4), textcoords="offset points", fontsize=8, color=INK
             )
+    ax.set_xlim(axis_range(x))
+    ax.set_ylim(axis_range(y))
     ax.set_xlabel(x_name)
     ax.set_ylabel(y_name if up is not None else "")
     shown = "" if len(rows) == len(x) else f" ({len(rows):,} shown)"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline.io.mrc import read_volume
 
 TILE_PX = 128
+GAP_PX = 2
 AXES = ("z", "y", "x")
 
 
@@ -72,10 +73,10 @@ def grey_range(images: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
 def grey_sheet(views: Views, slice_range: tuple[float, float], projection_range: tuple[float, float]) -> str:
     """A data URI of a PNG: slices z, y, x in the upper row, projections along z, y, x in the lower."""
     rows = [
-        np.concatenate([_grey(image, *limits) for image in images], axis=1)
+        _joined([_grey(image, *limits) for image in images], axis=1)
         for images, limits in ((views.slices, slice_range), (views.projections, projection_range))
     ]
-    return png_uri(np.concatenate(rows, axis=0))
+    return png_uri(_joined(rows, axis=0))
 
 
 def grey_tile(image: NDArray[np.float32], limits: tuple[float, float]) -> str:
@@ -85,7 +86,7 @@ def grey_tile(image: NDArray[np.float32], limits: tuple[float, float]) -> str:
 
 def difference_sheet(change: NDArray[np.float32], largest: float) -> str:
     """A data URI of a PNG of three difference images `(3, D, D)`: red gained, blue lost, white unchanged."""
-    return png_uri(np.concatenate([difference_colours(image, largest) for image in change], axis=1))
+    return png_uri(_joined([difference_colours(image, largest) for image in change], axis=1))
 
 
 def difference_colours(image: NDArray[np.float32], largest: float) -> NDArray[np.uint8]:
@@ -100,6 +101,15 @@ def difference_range(changes: Sequence[NDArray[np.float32]]) -> float:
     """One scale for several difference images: the 99.8th percentile of their magnitude."""
     values = np.concatenate([np.abs(change).ravel() for change in changes])
     return float(np.percentile(values, 99.8))
+
+
+def _joined(tiles: Sequence[NDArray[np.uint8]], axis: int) -> NDArray[np.uint8]:
+    """Tiles side by side with a thin grey line between them."""
+    shape = list(tiles[0].shape)
+    shape[axis] = GAP_PX
+    line = np.full(shape, 128, dtype=np.uint8)
+    pieces = [piece for tile in tiles for piece in (line, tile)][1:]
+    return np.concatenate(pieces, axis=axis)
 
 
 def _grey(image: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:

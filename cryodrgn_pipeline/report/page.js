@@ -1,7 +1,9 @@
 "use strict";
 (() => {
   const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["sendDataToCloud"] };
+  const plain = { displayModeBar: false, responsive: true };
+  const tools = { displayModeBar: true, displaylogo: false, responsive: true,
+    modeBarButtonsToRemove: ["zoomIn2d", "zoomOut2d", "sendDataToCloud"] };
   const drawings = [];
 
   function axis(extra) {
@@ -12,9 +14,10 @@
     return Object.assign({ paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colourOf("--ink"), family: "system-ui, sans-serif", size: 12 },
       margin: { l: 48, r: 12, t: 26, b: 42 }, hovermode: "closest",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colourOf("--soft"), activecolor: colourOf("--accent") },
       legend: { orientation: "h", y: 1.12, x: 0, font: { size: 11 } } }, extra);
   }
-  function draw(id, make) {
+  function draw(id, make, config = plain) {
     if (!document.getElementById(id)) return;
     const again = () => { const [traces, layout] = make(); Plotly.react(id, traces, layout, config); };
     drawings.push(again);
@@ -102,13 +105,14 @@
     function scatter(x, y, by, bar, drag) {
       const points = { type: webgl ? "scattergl" : "scatter", mode: "markers", x: columns[x], y: columns[y], marker: marker(by, bar),
         hoverinfo: "skip", showlegend: false, unselected: { marker: { opacity: 0.12 } } };
-      const centres = { type: "scatter", mode: "markers+text", x: latent.centers[x], y: latent.centers[y],
+      const centres = { type: points.type, mode: "markers+text", x: latent.centers[x], y: latent.centers[y],
         text: latent.sizes.map((_, i) => String(i)), textfont: { size: 9, color: "#1c2730" }, showlegend: false,
         marker: { size: 15, color: "rgba(255,255,255,0.88)", line: { color: "#1c2730", width: 1 } },
         customdata: latent.sizes, hovertemplate: "cluster %{text}: %{customdata} particles<extra></extra>",
         selected: { marker: { opacity: 1 } }, unselected: { marker: { opacity: 1 } } };
-      return [[points, centres], frame({ dragmode: drag, xaxis: axis({ title: { text: nameOf(x) } }),
-        yaxis: axis({ title: { text: nameOf(y) } }), margin: { l: 48, r: 12, t: 10, b: 42 } })];
+      return [[points, centres], frame({ dragmode: drag, margin: { l: 48, r: 12, t: 28, b: 42 },
+        xaxis: axis({ title: { text: nameOf(x) }, range: latent.ranges[x] }),
+        yaxis: axis({ title: { text: nameOf(y) }, range: latent.ranges[y] }) })];
     }
     const across = hasUmap ? ["umap_1", "umap_2"] : [first, second];
     draw("plot-glance", () => scatter(across[0], across[1], "cluster", false, "pan"));
@@ -120,8 +124,8 @@
     fill("x1", latent.axes, first); fill("y1", latent.axes, second);
     fill("x2", latent.axes, across[0]); fill("y2", latent.axes, across[1]);
     if (!hasUmap && latent.axes.length > 2) pick("y2").value = latent.axes[2];
-    draw("plot-left", () => scatter(pick("x1").value, pick("y1").value, pick("colour").value, false, "lasso"));
-    draw("plot-right", () => scatter(pick("x2").value, pick("y2").value, pick("colour").value, true, "lasso"));
+    draw("plot-left", () => scatter(pick("x1").value, pick("y1").value, pick("colour").value, false, "lasso"), tools);
+    draw("plot-right", () => scatter(pick("x2").value, pick("y2").value, pick("colour").value, true, "lasso"), tools);
     document.querySelectorAll(".controls select").forEach((box) => box.addEventListener("change", () => {
       drawings.forEach((again) => again());
     }));

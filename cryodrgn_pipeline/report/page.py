@@ -24,6 +24,7 @@ from cryodrgn_pipeline.report.figures import (
     FSC_COLOURS,
     FSC_NAMES,
     TRAINING_NAMES,
+    axis_range,
     changes_along,
     cluster_colours,
     fsc_curves,
@@ -45,6 +46,7 @@ from cryodrgn_pipeline.report.tables import (
     cluster_table,
     file_table,
     flattened,
+    particles_near,
     volume_table,
 )
 
@@ -88,7 +90,7 @@ def write_report(request: ReportRequest) -> Path:
         keep_foreign_files(request.run / "report", folder, OURS)
         scripts = _write_scripts(gathered, folder, request.run / "report")
         figures = write_figures(gathered, folder)
-    title = request.title or f"Run {gathered.run.resolve().name}"
+    title = request.title or gathered.run.resolve().name
     text = render(gathered, page, title, scripts, figures)
     with replacing(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -195,6 +197,7 @@ def _latent_data(gathered: Gathered, analysed: Columns, centers: Columns) -> dic
         "run": str(gathered.run),
         "n": len(analysed["particle_id"]),
         "axes": names,
+        "ranges": {name: axis_range(analysed[name]) for name in names},
         "columns": {name: _floats(column[rows]) for name, column in values.items()},
         "centers": {name: [round(float(x), 5) for x in analysed[name][at]] for name in names},
         "sizes": [int(n) for n in centers["n"]],
@@ -206,11 +209,11 @@ def _latent_data(gathered: Gathered, analysed: Columns, centers: Columns) -> dic
 
 def _glance(gathered: Gathered) -> dict[str, Any] | None:
     """A few maps along the first path (or of the first set), seen where they differ most."""
-    sets = [volumes for volumes in gathered.volumes if volumes.is_path] or list(gathered.volumes)
-    sets = [volumes for volumes in sets if volumes.views]
-    if not sets:
+    if not gathered.volumes:
         return None
-    volumes = sets[0]
+    along_pc1 = [volumes for volumes in gathered.volumes if volumes.title.endswith("principal component 1")]
+    paths = [volumes for volumes in gathered.volumes if volumes.is_path]
+    volumes = (along_pc1 or paths or list(gathered.volumes))[0]
     stack = np.stack([view.projections for view in volumes.views])
     axis = int(stack.var(axis=0).sum(axis=(1, 2)).argmax())
     chosen = np.linspace(0, len(stack) - 1, min(GLANCE_MAPS, len(stack))).round().astype(int)
@@ -230,8 +233,10 @@ def _consensus_sheet(gathered: Gathered) -> str | None:
 
 def _set_context(volumes: VolumeSet, gathered: Gathered) -> dict[str, Any]:
     ranges = view_ranges(volumes.views)
+    near = particles_near(volumes, gathered)
+    counts = [""] * len(volumes.paths) if near is None else [f"{n:,} particles nearest" for n in near[0]]
     sheets = [
-        (volumes.paths[row], grey_sheet(view, *ranges))
+        (volumes.paths[row], counts[row], grey_sheet(view, *ranges))
         for row, view in zip(volumes.drawn, volumes.views, strict=True)
     ]
     changes = changes_along(volumes) if volumes.is_path else []

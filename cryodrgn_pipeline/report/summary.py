@@ -153,8 +153,8 @@ def _latent_findings(gathered: Gathered) -> list[tuple[str, str]]:
         limit = analysis.get("settings", {}).get("junk_threshold", 5)
         tone = "open" if n_junk > 0.05 * n else ""
         sentence = (
-            f"Outliers: {n_junk:,} of {n:,} particles ({100 * n_junk / n:.1f} %) have a loss or |z| more than "
-            f"{limit:g} robust standard deviations above the median. Look at them before leaving them out."
+            f"Outliers: {n_junk:,} of {n:,} particles ({100 * n_junk / n:.1f} %) have a loss or |z| more "
+            f"than {limit:g} robust standard deviations above the median. Look at them first."
         )
         found.append((tone, sentence))
     return found

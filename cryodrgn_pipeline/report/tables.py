@@ -70,9 +70,8 @@ def cluster_table(gathered: Gathered) -> Table | None:
 def volume_table(volumes: VolumeSet, gathered: Gathered) -> Table:
     """Per map: z, the particles nearer to it than to the set's other maps, and how near the nearest is."""
     heads = ["map", *(f"z_{j}" for j in range(volumes.z.shape[1]))]
-    nearest = None
-    if gathered.latents is not None and gathered.latents.z.shape[1] == volumes.z.shape[1]:
-        nearest = nearest_particles(volumes.z, gathered.latents.z)
+    nearest = particles_near(volumes, gathered)
+    if nearest is not None:
         heads += ["particles nearest to it", "distance to the nearest"]
     extra = [name for name, values in volumes.table.items() if values.dtype.kind in "fiub"]
     rows = []
@@ -82,6 +81,15 @@ def volume_table(volumes: VolumeSet, gathered: Gathered) -> Table:
             row += [f"{nearest[0][i]:,}", f"{nearest[1][i]:.3f}"]
         rows.append((*row, *(_text(volumes.table[name][i].item()) for name in extra)))
     return Table(heads=(*heads, *extra), rows=tuple(rows))
+
+
+def particles_near(
+    volumes: VolumeSet, gathered: Gathered
+) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """`nearest_particles` of a set's maps; None where the run's latents or the maps' z are unknown."""
+    if gathered.latents is None or gathered.latents.z.shape[1] != volumes.z.shape[1]:
+        return None
+    return nearest_particles(volumes.z, gathered.latents.z)
 
 
 def nearest_particles(
