@@ -165,7 +165,7 @@ def compare_functions(bench: Bench, star: Path, box: int) -> list[Check]:
         Check(
             "centred images (their translated Hartley), relative",
             relative_difference(ours[:, inside], peer["centred"][:, inside]),
-            1e-4,
+            1e-5,
         ),
         Check(
             "windowed images, standard deviation, ours over theirs less 1",
@@ -214,25 +214,47 @@ def our_ctf(table: np.ndarray, box: int) -> np.ndarray:
 
 
 def compare_maps(bench: Bench, truth: Path | None) -> list[Check]:
-    """Correlation of the backprojected maps within a ball, as they are and with equal shell amplitudes."""
+    """Correlation of the backprojected maps inside the particle's mask, where noise does not decide it.
+
+    Outside the particle there is noise alone, which cryoDRGN's uncorrected trilinear insertion damps towards
+    the corners; the whole-box number is shown for completeness.
+    """
     ours, _ = read_volume(bench.work / "consensus" / "map.mrc")
+    mask, _ = read_volume(bench.work / "consensus" / "mask.mrc")
     theirs, _ = read_volume(bench.work / "peer_map" / "backproject.mrc")
+    inside, equal = correlation(ours * mask, theirs * mask), equalised(ours, theirs)
     checks = [
-        Check("backprojected maps, correlation", correlation(ours, theirs), 0.99, at_most=False),
-        Check(
-            "the same, shell amplitudes equalised",
-            correlation(equalised(ours, theirs), theirs),
-            0.99,
-            at_most=False,
-        ),
+        Check("backprojected maps, correlation in the mask", inside, 0.99, at_most=False),
+        Check("the same with equal shell amplitudes", correlation(equal * mask, theirs * mask), 0.99, False),
+        Check("the same in the whole ball, noise and all", correlation(ours, theirs), 0.9, at_most=False),
     ]
     if truth is not None:
         true, _ = read_volume(truth)
-        difference = correlation(ours, true) - correlation(theirs, true)
-        checks.append(
-            Check("correlation with the truth, ours less theirs", difference, -0.001, at_most=False)
-        )
+        scores = [correlation(each * mask, true * mask) for each in (ours, theirs)]
+        checks.append(Check("map against the truth in the mask, ours", scores[0], scores[1] - 0.005, False))
     return checks
+
+
+def compare_backprojection_speed(bench: Bench, star: Path, rounds: int) -> Check:
+    """Backprojection alone, each program's own clock, in turns; the best of some rounds."""
+    theirs, ours = [], []
+    for number in range(rounds):
+        said = bench.run(
+            f"peer backproject_voxel, round {number}", peer_backprojection(bench, star, "speed_map")
+        )
+        theirs.append(1e3 * float(re.findall(r"\(([\d.]+)s per image\)", said)[0]))
+        out = bench.work / "speed_consensus"
+        command = bench.ours("consensus", bench.work / "stack", "--check", "off", "-o", out)
+        bench.run(f"consensus, round {number}", command)
+        ours.append(json.loads((out / "consensus.json").read_text())["ms_per_image"])
+    what = f"backprojection, times faster ({min(theirs):.2f} → {min(ours):.2f} ms an image)"
+    return Check(what, min(theirs) / min(ours), 5.0, at_most=False)
+
+
+def peer_backprojection(bench: Bench, star: Path, name: str) -> list[str | Path]:
+    # cryoDRGN's default inverts the data: with its CTF of the other sign that is right for light on dark
+    tables = ["--poses", bench.work / "pose.pkl", "--ctf", bench.work / "ctf.pkl"]
+    return bench.peer("backproject_voxel", star, "--datadir", star.parent, *tables, "-o", bench.work / name)
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -288,7 +310,6 @@ def peer_training(bench: Bench, star: Path, out: Path, epochs: int, width: int) 
         star,
         "--datadir",
         star.parent,
-        "--uninvert-data",
         "--poses",
         bench.work / "pose.pkl",
         "--ctf",
@@ -404,25 +425,10 @@ def compare_scores(bench: Bench, star: Path, options: argparse.Namespace) -> lis
 
 def prepare(bench: Bench, star: Path, box: int, reference: Path | None) -> None:
     """Both programs from the same files to poses, CTFs, images and a map."""
-    work, folder = bench.work, star.parent
+    work = bench.work
     bench.run("peer parse_pose_star", bench.peer("parse_pose_star", star, "-o", work / "pose.pkl"))
     bench.run("peer parse_ctf_star", bench.peer("parse_ctf_star", star, "-o", work / "ctf.pkl"))
-    bench.run(
-        "peer backproject_voxel",
-        bench.peer(
-            "backproject_voxel",
-            star,
-            "--datadir",
-            folder,
-            "--uninvert-data",
-            "--poses",
-            work / "pose.pkl",
-            "--ctf",
-            work / "ctf.pkl",
-            "-o",
-            work / "peer_map",
-        ),
-    )
+    bench.run("peer backproject_voxel", peer_backprojection(bench, star, "peer_map"))
     bench.run("import", bench.ours("import", star, "-o", work / "import"))
     size = ["--box-size", str(box)]
     bench.run("preprocess", bench.ours("preprocess", work / "import", *size, "-o", work / "stack"))
@@ -468,7 +474,7 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, default=HERE / "work" / "compare", help="scratch folder")
     parser.add_argument("--star", type=Path, help="your own particles; default: a simulated set")
-    parser.add_argument("--particles", type=int, default=2000)
+    parser.add_argument("--particles", type=int, default=4000)
     parser.add_argument("--box-size", type=int, default=64)
     parser.add_argument("--pixel-size", type=float, default=3.0)
     parser.add_argument("--snr", type=float, default=0.2)
@@ -477,6 +483,7 @@ def main() -> int:
     parser.add_argument(
         "--epochs", type=int, default=2, help="epochs per speed run; the first is not counted"
     )
+    parser.add_argument("--speed-rounds", type=int, default=2, help="backprojections timed of each program")
     parser.add_argument("--train-rounds", type=int, default=0, help="speed runs of each program")
     parser.add_argument("--score-epochs", type=int, default=0, help="epochs before latents are compared")
     parser.add_argument(
@@ -519,6 +526,10 @@ def main() -> int:
     print("\n| step | wall s | CPU s | CPU ms an image |\n|---|---|---|---|")
     for name, (wall, cpu) in bench.seconds.items():
         print(f"| {name} | {wall:.1f} | {cpu:.1f} | {1e3 * cpu / images:.1f} |")
+    if options.speed_rounds:
+        speed = compare_backprojection_speed(bench, options.star, options.speed_rounds)
+        checks.append(speed)
+        print("\n" + speed.row())
     if options.train_rounds:
         print("\n" + "\n".join(compare_training(bench, options.star, images, options)))
     if options.score_epochs:
