@@ -106,6 +106,7 @@ def test_the_kl_divergence_agrees_with_torch_distributions():
         {"positional_encoding": "none"},
         {"domain": "real"},
         {"mask_radius": 1.5},
+        {"encoder_mask_radius": 1.2},
     ],
 )
 def test_an_unknown_architecture_is_refused(wrong):
@@ -122,3 +123,14 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
     other = Vae(VaeConfig(box_size_px=8, encoder_width=4, decoder_width=4, seed=4)).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["decoder.coordinate_weight"], other["decoder.coordinate_weight"])
+
+
+def test_the_encoder_can_read_low_frequencies_only():
+    config = VaeConfig(box_size_px=16, latent_dim=2, encoder_width=8, decoder_width=8, encoder_mask_radius=0.5)
+    vae, plane = Vae(config), config.plane()
+    f = torch.randn(2, len(plane), dtype=torch.complex64)
+    changed = torch.where(plane.radius > 4, torch.randn_like(f), f)
+    ctf = torch.ones(f.shape)
+    torch.testing.assert_close(vae.encode(f, ctf), vae.encode(changed, ctf))
+    changed = torch.where(plane.radius == 4, f + 1, f)
+    assert not torch.equal(vae.encode(f, ctf)[0], vae.encode(changed, ctf)[0])

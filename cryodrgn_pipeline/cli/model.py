@@ -35,8 +35,12 @@ def train(
         str, typer.Option(help="What the decoder gives: fourier (re, im) or hartley.")
     ] = "fourier",
     mask_radius: Annotated[
-        float, typer.Option(help="Disc of frequencies that encoder and loss see, as a fraction of Nyquist.")
+        float, typer.Option(help="Disc of frequencies on which the loss is taken, as a fraction of Nyquist.")
     ] = 1.0,
+    encoder_mask_radius: Annotated[
+        float | None,
+        typer.Option(help="Disc of frequencies that the encoder reads; default: that of the loss."),
+    ] = None,
     coordinate_fraction: Annotated[
         float,
         typer.Option(
@@ -112,6 +116,7 @@ def train(
             positional_encoding=positional_encoding,
             domain=domain,
             mask_radius=mask_radius,
+            encoder_mask_radius=encoder_mask_radius,
             seed=seed,
         )
     except ValueError as error:

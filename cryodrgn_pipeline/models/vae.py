@@ -15,7 +15,11 @@ from cryodrgn_pipeline.models.encoder import ImageEncoder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeConfig:
-    """Everything that fixes the architecture; it is stored with the weights."""
+    """Everything that fixes the architecture; it is stored with the weights.
+
+    `mask_radius` and `encoder_mask_radius` (default: the same) are the discs of frequencies that the loss
+    and the encoder see, as fractions of Nyquist.
+    """
 
     box_size_px: int
     latent_dim: int = 8
@@ -28,6 +32,7 @@ class VaeConfig:
     positional_encoding: str = "gaussian"
     domain: str = "fourier"
     mask_radius: float = 1.0
+    encoder_mask_radius: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,11 +46,21 @@ class VaeConfig:
         if self.domain not in ("fourier", "hartley"):
             raise ValueError(f"domain {self.domain!r} is neither 'fourier' nor 'hartley'")
         if not 0 < self.mask_radius <= 1:
-            raise ValueError(f"the mask radius is a fraction of D/2 in (0, 1], got {self.mask_radius}")
+            raise ValueError(f"the mask radius is a fraction of Nyquist in (0, 1], got {self.mask_radius}")
+        if self.encoder_mask_radius is not None and not 0 < self.encoder_mask_radius <= self.mask_radius:
+            raise ValueError(
+                f"the encoder's mask radius lies in (0, {self.mask_radius}], the radius of the loss, "
+                f"got {self.encoder_mask_radius}"
+            )
 
     def plane(self) -> HalfPlane:
-        """The half-plane frequencies that encoder and loss see: the disc without DC."""
+        """The half-plane frequencies of the loss: the disc without DC, by rising |k|."""
         return half_plane(self.box_size_px, self.mask_radius * self.box_size_px / 2)
+
+    def n_encoder_points(self) -> int:
+        """How many of the half plane's first points the encoder reads."""
+        radius = self.mask_radius if self.encoder_mask_radius is None else self.encoder_mask_radius
+        return len(half_plane(self.box_size_px, radius * self.box_size_px / 2))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -62,7 +77,7 @@ class Vae(nn.Module):
         torch.manual_seed(config.seed)  # layers draw their start from the global generator
         generator = torch.Generator().manual_seed(config.seed)
         self.encoder = ImageEncoder(
-            len(config.plane()),
+            config.n_encoder_points(),
             config.latent_dim,
             width=config.encoder_width,
             depth=config.encoder_layers,
@@ -82,7 +97,9 @@ class Vae(nn.Module):
 
     def encode(self, coefficients: Tensor, ctf: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of z from `(B, P)` complex coefficients, phase-flipped by sign(CTF)."""
-        mean, log_variance = self.encoder(coefficients * torch.where(ctf < 0, -1.0, 1.0))
+        seen = slice(self.encoder.n_half_plane)  # low frequencies come first
+        flipped = coefficients[:, seen] * torch.where(ctf[:, seen] < 0, -1.0, 1.0)
+        mean, log_variance = self.encoder(flipped)
         return mean, log_variance
 
     def decode_slices(self, coordinates: Tensor, z: Tensor, ctf: Tensor) -> Tensor:
