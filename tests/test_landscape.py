@@ -136,6 +136,15 @@ def test_a_graph_traversal_follows_the_data_where_a_straight_line_would_leave_th
     assert np.linalg.norm(straight, axis=1).min() < 0.2
 
 
+def test_a_graph_traversal_prefers_the_dense_way_round_to_a_sparse_shortcut():
+    angle = np.linspace(0, np.pi, 200)
+    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    z = np.concatenate([ring, [[0.33, 0.0], [-0.33, 0.0]]]).astype(np.float32)
+    _, rows = graph_traversal(z, np.array([0, 199]), n=20)
+    assert rows.max() == 199
+    assert len(rows) > 10
+
+
 def test_a_graph_traversal_connects_separate_blobs():
     z = blobs()
     _, rows = graph_traversal(z, np.array([45, 100]), n=10)

@@ -335,3 +335,26 @@ def test_a_few_far_particles_do_not_squeeze_the_axes():
     assert -5 < low < -2
     assert 2 < high < 5
     assert axis_range(np.zeros(5)) == (-1.0, 1.0)
+
+
+def test_the_notebook_opens_a_run_decodes_a_volume_and_writes_ids(tmp_path: Path, monkeypatch):
+    from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
+    from cryodrgn_pipeline.models.vae import Vae, VaeConfig
+
+    make_latent(tmp_path)
+    analyze_run(tmp_path, AnalysisSettings(clusters=4, umap=False))
+    small = {"encoder_width": 8, "encoder_layers": 1, "decoder_width": 8, "decoder_layers": 1}
+    vae = Vae(VaeConfig(box_size_px=16, latent_dim=3, **small))
+    save_model(tmp_path / MODEL_FILE, TrainedModel(vae=vae, scale=1.0, pixel_size_a=4.0))
+    monkeypatch.setenv("CRYODRGN_RUN", str(tmp_path))
+    notebook = Path(__file__).parents[1] / "notebooks" / "explore_run.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), names)
+    assert read_views(tmp_path / "notebook" / "particle_0.mrc").box_size_px == 16
+    written = (tmp_path / "notebook" / "chosen.txt").read_text().splitlines()
+    assert written == [str(particle) for particle in names["chosen"]]
+    assert 0 < len(written) < 240
