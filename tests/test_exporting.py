@@ -1,0 +1,307 @@
+"""Exports are the user's own tables with fewer rows; particle sets survive the other package's format."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from particle_files import (
+    OPTICS,
+    alignment_columns,
+    cs_columns,
+    particle_columns,
+    write_cryosparc,
+    write_relion,
+)
+
+from cryodrgn_pipeline.conventions import rotation_from_relion
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.exporting import export_particles, write_cs, write_star
+from cryodrgn_pipeline.importing import ImportOptions, import_particles
+from cryodrgn_pipeline.io.cs import CsTable, load_dataset
+from cryodrgn_pipeline.particles import Ctf, ImageRef, Optics, ParticleSet, Poses
+
+METADATA_ONLY = ImportOptions(metadata_only=True)
+
+
+def subset_file(folder: Path, ids: list[Any]) -> Path:
+    path = folder / "ids.txt"
+    path.write_text("".join(f"{name}\n" for name in ids))
+    return path
+
+
+def test_a_star_subset_is_the_original_text_with_rows_left_out(tmp_path: Path) -> None:
+    optics = {name: values * 3 for name, values in OPTICS.items()} | {"rlnOpticsGroup": [1, 2, 3]}
+    columns = particle_columns(6) | {"rlnOpticsGroup": [1, 2, 3, 1, 2, 3]}
+    columns["rlnLogLikeliContribution"] = ["2.586789e+05", "nan", "1e-30", "0.10", "-0.000000", "7"]
+    source = write_relion(tmp_path / "p.star", columns, optics)
+    import_particles(source, tmp_path / "import", METADATA_ONLY)
+    ids = subset_file(tmp_path, [columns["rlnImageName"][i] for i in (5, 0, 3)])
+    exported = export_particles(tmp_path / "import", tmp_path / "out.star", ids)
+    assert (exported.files, exported.particles) == ((tmp_path / "out.star",), 3)
+    before, after = (path.read_text().splitlines(True) for path in (source, tmp_path / "out.star"))
+    start = before.index("data_particles\n")
+    rows = [line for line in before[start:] if "@" in line]
+    group_2 = [line for line in before[:start] if line.split()[:1] == ["2"]]
+    assert len(group_2) == 1
+    gone = {*group_2, *(rows[i] for i in (1, 2, 4))}
+    gone.discard(rows[5])
+    assert after == [line for line in before if line not in gone]
+    again = import_particles(tmp_path / "out.star", tmp_path / "again", METADATA_ONLY)
+    np.testing.assert_array_equal(again.optics.optics_group, [1, 1, 3])
+
+
+def test_an_export_of_everything_is_the_same_file(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("relion31.star", "empiar_10076_7.star"):
+        import_particles(shared_data / name, tmp_path / name, METADATA_ONLY)
+        export_particles(tmp_path / name, tmp_path / f"out_{name}")
+        assert (tmp_path / f"out_{name}").read_bytes() == (shared_data / name).read_bytes()
+    source = shared_data / "cryosparc_p12_j24_first100.cs"
+    import_particles(source, tmp_path / "cs", METADATA_ONLY)
+    export_particles(tmp_path / "cs", tmp_path / "out.cs")
+    assert load_dataset(tmp_path / "out.cs") == load_dataset(source)
+
+
+def test_repeats_of_an_image_are_exported_one_by_one(tmp_path: Path) -> None:
+    columns = particle_columns(3) | {"rlnImageName": ["1@a.mrcs", "1@a.mrcs", "1@a.mrcs"]}
+    source = write_relion(tmp_path / "p.star", columns)
+    import_particles(source, tmp_path / "import", METADATA_ONLY)
+    ids = subset_file(tmp_path, ["1@a.mrcs#2"])
+    assert export_particles(tmp_path / "import", tmp_path / "out.star", ids).particles == 1
+    again = import_particles(tmp_path / "out.star", tmp_path / "again", METADATA_ONLY)
+    assert again.ctf.defocus_u_a.tolist() == [columns["rlnDefocusU"][1]]
+
+
+@pytest.mark.parametrize("csdat", [False, True])
+def test_a_cs_subset_keeps_all_columns_and_cuts_the_passthrough_too(tmp_path: Path, csdat: bool) -> None:
+    columns = cs_columns(6, poses=False)
+    other = {"uid": columns["uid"][::-1].copy()} | alignment_columns("alignments3D", 6)
+    source = write_cryosparc(tmp_path / "p.cs", columns, csdat)
+    passthrough = write_cryosparc(tmp_path / "pass.cs", other, csdat)
+    options = ImportOptions(metadata_only=True, passthrough=(passthrough,))
+    whole = import_particles(source, tmp_path / "import", options)
+    ids = subset_file(tmp_path, [columns["uid"][i] for i in (4, 1, 1)])
+    exported = export_particles(tmp_path / "import", tmp_path / "out.cs", ids)
+    assert exported.files == (tmp_path / "out.cs", tmp_path / "out_passthrough_particles.cs")
+    main, rest = (CsTable(path) for path in exported.files)
+    np.testing.assert_array_equal(main.uid, columns["uid"][[1, 4]])
+    np.testing.assert_array_equal(rest.uid, columns["uid"][[4, 1]])
+    assert set(main.fields) == set(columns) - {"uid"}
+    assert set(rest.fields) == set(other) - {"uid"}
+    options = ImportOptions(metadata_only=True, passthrough=(exported.files[1],))
+    again = import_particles(exported.files[0], tmp_path / "again", options)
+    rows = np.array([1, 4])
+    np.testing.assert_array_equal(again.require_poses("").rotation, whole.require_poses("").rotation[rows])
+
+
+def test_a_chosen_class_exports_its_own_particles_only(tmp_path: Path) -> None:
+    columns = particle_columns() | {"rlnClassNumber": [1, 2, 2, 1]}
+    source = write_relion(tmp_path / "p.star", columns)
+    import_particles(source, tmp_path / "import", ImportOptions(metadata_only=True, class_number=2))
+    assert export_particles(tmp_path / "import", tmp_path / "out.star").particles == 2
+    again = import_particles(tmp_path / "out.star", tmp_path / "again", METADATA_ONLY)
+    assert again.particle_id.tolist() == columns["rlnImageName"][1:3]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["000001@stack.mrcs", "x@y", "9@z"],
+            r"2 of 3 ids are not among the 4 imported particles, such as x@y",
+        ),
+        ([], "names no particle"),
+    ],
+)
+def test_a_subset_that_does_not_fit_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    import_particles(write_relion(tmp_path / "p.star"), tmp_path / "import", METADATA_ONLY)
+    with pytest.raises(InputFormatError, match=message):
+        export_particles(tmp_path / "import", tmp_path / "out.star", subset_file(tmp_path, lines))
+    assert not (tmp_path / "out.star").exists()
+
+
+def test_lines_that_are_no_uid_are_refused(tmp_path: Path) -> None:
+    import_particles(write_cryosparc(tmp_path / "p.cs"), tmp_path / "import", METADATA_ONLY)
+    with pytest.raises(InputFormatError, match=r"2 of 3 lines are no cryoSPARC uid, such as 'abc'"):
+        export_particles(
+            tmp_path / "import", tmp_path / "out.cs", subset_file(tmp_path, [2**63, "abc", 2**64])
+        )
+
+
+def test_a_missing_subset_file_and_another_suffix_are_refused(tmp_path: Path) -> None:
+    import_particles(write_relion(tmp_path / "p.star"), tmp_path / "import", METADATA_ONLY)
+    with pytest.raises(InputFormatError, match="no such subset file"):
+        export_particles(tmp_path / "import", tmp_path / "out.star", tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match=r"\.star \(RELION\) or \.cs"):
+        export_particles(tmp_path / "import", tmp_path / "out.csv")
+
+
+def test_the_source_is_never_overwritten_nor_trusted_after_a_change(tmp_path: Path) -> None:
+    source = write_relion(tmp_path / "p.star")
+    import_particles(source, tmp_path / "import", METADATA_ONLY)
+    with pytest.raises(ConfigError, match="imported from"):
+        export_particles(tmp_path / "import", source)
+    write_relion(source, particle_columns(5))
+    with pytest.raises(InputFormatError, match="has changed since"):
+        export_particles(tmp_path / "import", tmp_path / "out.star")
+    source.unlink()
+    with pytest.raises(InputFormatError, match="is gone"):
+        export_particles(tmp_path / "import", tmp_path / "out.star")
+
+
+# ── To the other package and back ──
+
+
+def assert_same_particles(one: ParticleSet, other: ParticleSet, rtol: float) -> None:
+    """Same images, rotations, shifts and CTFs; `rtol` is for the one format's float32."""
+    assert [one.images.stack_paths[i] for i in one.images.stack] == [
+        other.images.stack_paths[i] for i in other.images.stack
+    ]
+    np.testing.assert_array_equal(one.images.index, other.images.index)
+    for name in ("pixel_size_a", "voltage_kv", "cs_mm", "amplitude_contrast"):
+        np.testing.assert_allclose(
+            getattr(one.optics, name), getattr(other.optics, name), rtol=rtol, atol=1e-30, err_msg=name
+        )
+    np.testing.assert_array_equal(one.optics.box_size_px, other.optics.box_size_px)
+    for name in Ctf.__slots__:
+        np.testing.assert_allclose(
+            getattr(one.ctf, name), getattr(other.ctf, name), rtol=rtol, atol=rtol, err_msg=name
+        )
+    assert (one.poses is None) == (other.poses is None)
+    if one.poses is not None and other.poses is not None:
+        np.testing.assert_allclose(one.poses.rotation, other.poses.rotation, atol=5 * rtol)
+        np.testing.assert_allclose(one.poses.shift_a, other.poses.shift_a, rtol=3 * rtol, atol=rtol)
+    for left, right in ((one.half_set, other.half_set), (one.micrograph, other.micrograph)):
+        np.testing.assert_array_equal(left, right)
+
+
+def numbers(low: float, high: float, n: int) -> Any:
+    return hnp.arrays(np.float64, n, elements=st.floats(low, high, allow_subnormal=False))
+
+
+@st.composite
+def particle_sets(draw: st.DrawFn) -> ParticleSet:
+    """Any particle set a refinement could hand over."""
+    n = draw(st.integers(1, 5))
+    angle = st.one_of(st.floats(-180, 180), st.sampled_from([0.0, 90.0, -90.0, 180.0, -180.0]))
+    angles = draw(hnp.arrays(np.float64, (3, n), elements=angle))
+    shift = np.stack([draw(numbers(-50, 50, n)), draw(numbers(-50, 50, n))], axis=1)
+    groups = draw(hnp.arrays(np.int64, n, elements=st.integers(1, 3)))
+    return ParticleSet(
+        particle_id=np.array([f"{i}@x" for i in range(n)], dtype=object),
+        images=ImageRef(
+            stack_paths=("a/s.mrcs", "b.mrcs"),
+            stack=draw(hnp.arrays(np.int64, n, elements=st.integers(0, 1))),
+            index=draw(hnp.arrays(np.int64, n, elements=st.integers(0, 10**7), unique=True)),
+        ),
+        optics=Optics(
+            optics_group=groups,
+            pixel_size_a=draw(numbers(0.3, 8, 4))[groups],
+            box_size_px=np.array([0, 64, 128, 256])[groups],
+            voltage_kv=np.array([0.0, 300, 200, 300])[groups],
+            cs_mm=draw(numbers(0, 3, 4))[groups],
+            amplitude_contrast=draw(numbers(0, 1, 4))[groups],
+        ),
+        ctf=Ctf(
+            defocus_u_a=draw(numbers(-3000, 60000, n)),
+            defocus_v_a=draw(numbers(-3000, 60000, n)),
+            defocus_angle_deg=draw(numbers(-180, 180, n)),
+            phase_shift_deg=draw(numbers(0, 180, n)),
+        ),
+        poses=Poses(rotation=rotation_from_relion(*angles), shift_a=shift) if draw(st.booleans()) else None,
+        contrast_sign=np.ones(n),
+        half_set=None,
+        micrograph=np.array([f"{i:05d}" for i in range(n)], dtype=object) if draw(st.booleans()) else None,
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(particle_sets())
+def test_star_to_cs_to_star_is_the_identity(particles: ParticleSet) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_star(particles, folder / "one.star")
+        first = import_particles(folder / "one.star", folder / "1", METADATA_ONLY)
+        export_particles(folder / "1", folder / "two.cs")
+        second = import_particles(folder / "two.cs", folder / "2", METADATA_ONLY)
+        export_particles(folder / "2", folder / "three.star")
+        third = import_particles(folder / "three.star", folder / "3", METADATA_ONLY)
+    assert_same_particles(particles, first, 1e-10)
+    assert_same_particles(first, second, 2e-7)
+    assert_same_particles(first, third, 2e-7)
+    assert third.particle_id.tolist() == first.particle_id.tolist()
+
+
+@pytest.mark.parametrize("name", ["relion30_pfcrt.star", "relion31.star", "empiar_10076_7.star"])
+def test_real_refinements_survive_cryosparc_and_back(shared_data: Path, tmp_path: Path, name: str) -> None:
+    extra = () if name != "relion30_pfcrt.star" else ("amplitude_contrast=0.1",)
+    options = ImportOptions(metadata_only=True, assignments=extra)
+    first = import_particles(shared_data / name, tmp_path / "1", options)
+    export_particles(tmp_path / "1", tmp_path / "two.cs")
+    import_particles(tmp_path / "two.cs", tmp_path / "2", METADATA_ONLY)
+    export_particles(tmp_path / "2", tmp_path / "three.star")
+    assert_same_particles(
+        first, import_particles(tmp_path / "three.star", tmp_path / "3", METADATA_ONLY), 2e-7
+    )
+
+
+def test_a_real_cryosparc_refinement_survives_relion(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "cryosparc_p12_j24_first100.cs"
+    first = import_particles(source, tmp_path / "1", METADATA_ONLY)
+    export_particles(tmp_path / "1", tmp_path / "two.star")
+    second = import_particles(tmp_path / "two.star", tmp_path / "2", METADATA_ONLY)
+    assert_same_particles(first, second, 1e-9)
+
+
+def test_images_are_named_as_in_the_source_not_where_they_were_found(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    import_particles(shared_data / "relion31.star", tmp_path / "1")
+    export_particles(tmp_path / "1", tmp_path / "two.cs")
+    assert set(CsTable(tmp_path / "two.cs").column("blob/path")) == {"relion31.mrcs"}
+
+
+def test_remedies_and_overrides_reach_the_other_packages_file(tmp_path: Path) -> None:
+    source = write_relion(tmp_path / "p.star")
+    options = ImportOptions(metadata_only=True, assignments=("voltage_kv=200",))
+    first = import_particles(source, tmp_path / "1", options)
+    export_particles(tmp_path / "1", tmp_path / "two.cs")
+    second = import_particles(tmp_path / "two.cs", tmp_path / "2", METADATA_ONLY)
+    assert_same_particles(first, second, 2e-7)
+    np.testing.assert_array_equal(second.optics.voltage_kv, 200)
+
+
+def test_dark_particles_are_said_when_written_for_relion(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("cryodrgn_pipeline"), "propagate", True)
+    import_particles(write_cryosparc(tmp_path / "p.cs"), tmp_path / "1", METADATA_ONLY)
+    export_particles(tmp_path / "1", tmp_path / "two.star")
+    assert "4 of 4 particles are dark on light" in caplog.text
+
+
+def test_uids_made_from_star_ids_are_the_same_every_time_and_differ(tmp_path: Path) -> None:
+    particles = import_particles(write_relion(tmp_path / "p.star"), tmp_path / "1", METADATA_ONLY)
+    write_cs(particles, tmp_path / "a.cs")
+    write_cs(particles.take(np.array([2, 0])), tmp_path / "b.cs")
+    a, b = (CsTable(tmp_path / name).uid for name in ("a.cs", "b.cs"))
+    assert len(set(a.tolist())) == 4
+    np.testing.assert_array_equal(b, a[[2, 0]])
+
+
+def test_poses_of_a_subset_stay_with_their_particles(tmp_path: Path) -> None:
+    whole = import_particles(write_relion(tmp_path / "p.star"), tmp_path / "1", METADATA_ONLY)
+    ids = subset_file(tmp_path, [whole.particle_id[3], whole.particle_id[1]])
+    export_particles(tmp_path / "1", tmp_path / "two.cs", ids)
+    part = import_particles(tmp_path / "two.cs", tmp_path / "2", METADATA_ONLY)
+    expected = whole.take(np.array([1, 3]))
+    assert_same_particles(replace(expected, contrast_sign=part.contrast_sign), part, 2e-7)
