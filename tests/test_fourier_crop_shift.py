@@ -164,7 +164,7 @@ def test_the_noise_spectrum_is_found_beside_a_particle() -> None:
     assert found.source == "outside"
     assert found.n_images == 300
     assert found.background_mean == pytest.approx(3.0, abs=0.05)
-    np.testing.assert_allclose(found.noise_power[1:4], truth[1:4], rtol=0.15)  # the mask blurs the peak
+    np.testing.assert_allclose(found.noise_power[1:4], truth[1:4], rtol=0.25)  # the mask blurs the peak
     np.testing.assert_allclose(found.noise_power[3:16], truth[3:16], rtol=0.1)
     assert float(found.total_power[1]) > 10 * float(found.noise_power[1])
 

@@ -168,7 +168,9 @@ class MrcImages:
         """As `read`, into a C-contiguous `(n, ny, nx)` float32 array."""
         index = np.asarray(index, dtype=np.int64)
         n = self.header.n_images
-        if len(index) and not (index.min() >= 0 and index.max() < n):
+        if len(index) == 0:
+            return
+        if not (index.min() >= 0 and index.max() < n):
             wrong = index[(index < 0) | (index >= n)][0]
             raise InputFormatError(f"{self.path}: image number {wrong} asked for (0-based), but it has {n}")
         starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
