@@ -40,11 +40,12 @@ def analyze(
     ] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of k-means and UMAP.")] = 0,
 ) -> None:
-    """Embed, cluster and score the particles of a run, and lay paths through its latent.
+    """Embed, cluster and score a run's particles, and lay paths through its latent.
 
-    Writes RUN/analysis: particles.parquet (cluster, junk_score, junk, pc_1 …, umap_1, umap_2), centers.csv,
-    traversal_pc1.csv …, traversal_direct.csv (a straight line), traversal_graph.csv (a path that stays among
-    the particles) and analysis.json. The .csv files are what `volumes --z` reads.
+    Writes RUN/analysis: particles.parquet (cluster, junk_score, junk, pc_1 …,
+    umap_1, umap_2), centers.csv, traversal_pc1.csv …, traversal_direct.csv (a
+    straight line), traversal_graph.csv (a path that stays among the particles) and
+    analysis.json. The .csv files are what `volumes --z` reads.
 
     Example: cryodrgn-pipeline analyze results/run_8d --clusters 20
     """
@@ -98,13 +99,13 @@ def select(
     no_junk: Annotated[bool, typer.Option("--no-junk", help="Leave out particles flagged as junk.")] = False,
     invert: Annotated[bool, typer.Option("--invert", help="Keep what the rest leaves out.")] = False,
 ) -> None:
-    """Choose particles of a run by cluster, range, condition or outline; write their ids, one per line.
+    """Choose particles by cluster, range, condition or outline; write their ids.
 
-    All given conditions must hold. Columns: z_0 …, std_0 …, norm (|z|), loss, held_out, and after `analyze`
-    cluster, junk_score, junk, pc_1 …, umap_1, umap_2. The id file feeds `train --subset`,
-    `export --subset` and `volumes --ids`.
+    All given conditions must hold. Columns: z_0 …, std_0 …, norm (|z|), loss,
+    held_out, and after `analyze` cluster, junk_score, junk, pc_1 …, umap_1 and
+    umap_2. The id file, one id per line, feeds `train --subset` and `export`.
 
-    Example: cryodrgn-pipeline select results/run_8d --cluster 0,3 --range loss::1.5 --no-junk -o open.txt
+    Example: cryodrgn-pipeline select results/run_8d --cluster 0,3 -o open.txt
     """
     from cryodrgn_pipeline.io.ids import write_ids
     from cryodrgn_pipeline.landscape.select import Selection, select_particles
@@ -153,13 +154,13 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.", show_default=False)] = None,
 ) -> None:
-    """Write one HTML page on a run that opens anywhere, offline; figures and ChimeraX scripts beside it.
+    """Write one HTML page on a run that opens offline, with PNGs and ChimeraX scripts.
 
-    The page shows what was run, the convention check, FSC, loss curves, the latent space (interactive), the
-    volumes and where all files lie. RUN/report gets each figure as PNG and .cxc scripts for ChimeraX. What
-    is missing is left out with a sentence.
+    The page shows what was run, the convention check, FSC, loss curves, the latent
+    space (interactive), the volumes and where all files lie. RUN/report gets each
+    figure as PNG and .cxc scripts. What is missing is left out with a sentence.
 
-    Example: cryodrgn-pipeline report results/run_8d --consensus results/consensus_128 --volumes results/vol
+    Example: cryodrgn-pipeline report results/run_8d --consensus results/consensus
     """
     from cryodrgn_pipeline.report.page import ReportRequest, report_volumes_beside, write_report
 

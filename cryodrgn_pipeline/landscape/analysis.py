@@ -135,6 +135,11 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
 def _umap(latents: Latents, settings: AnalysisSettings) -> NDArray[np.float32] | None:
     if not settings.umap:
         return None
+    if len(latents) >= UMAP_FEWEST:
+        log.info(
+            "UMAP of %d particles, on one core so that it repeats",
+            min(len(latents), settings.umap_fit_at_most),
+        )
     umap = umap_embedding(latents.z, settings.seed, settings.umap_fit_at_most)
     if umap is None:
         log.warning("no UMAP: %d particles (at least %d that differ are needed)", len(latents), UMAP_FEWEST)
