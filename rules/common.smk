@@ -249,6 +249,7 @@ def train_options(wildcards):
         "positional_encoding": "--positional-encoding",
         "domain": "--domain",
         "mask_radius": "--mask-radius",
+        "encoder_mask_radius": "--encoder-mask-radius",
         "coordinate_fraction": "--coordinate-fraction",
         "held_out_fraction": "--held-out-fraction",
         "checkpoint_every_epochs": "--checkpoint-every-epochs",

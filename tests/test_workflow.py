@@ -238,6 +238,16 @@ def test_every_command_of_the_workflow_is_one_that_the_verbs_understand(tmp_path
         verbs[verb].make_context(verb, words)
 
 
+def test_every_setting_of_the_training_verb_can_be_configured() -> None:
+    from cryodrgn_pipeline.config.models import Train
+
+    verb = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    said_by_the_workflow = {"stack", "output", "subset", "threads", "resume"}
+    spoken = {"lazy": "in_memory"}
+    settings = {spoken.get(parameter.name, parameter.name) for parameter in verb.params}
+    assert settings - said_by_the_workflow == set(Train.model_fields)
+
+
 def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:
     (project / "config.yaml").write_text("datasets: {mine: {particles: p.star}}", encoding="utf-8")
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -86,7 +86,10 @@ class Train(Section):
         "gaussian", description="gaussian or geometric"
     )
     domain: Literal["fourier", "hartley"] = Field("fourier", description="what the decoder draws")
-    mask_radius: Fraction = Field(1.0, description="disc of frequencies, as a fraction of Nyquist")
+    mask_radius: Fraction = Field(1.0, description="disc of frequencies in the loss, fraction of Nyquist")
+    encoder_mask_radius: Fraction | None = Field(
+        None, description="disc of frequencies that the encoder reads; null = that of the loss"
+    )
     coordinate_fraction: Fraction = Field(
         1.0, description="random part of the frequencies used per step; below 1 is faster"
     )
