@@ -2,9 +2,10 @@
 
     python benchmarks/preprocess_speed.py --folder /scratch/speed --particles 4000
 
-Makes a float32 set, then measures (a) reading every image in file order and one real 2-D FFT of each, with the
-same FFT library, threads and memory reuse, and (b) `preprocess` to each box, both with the files in the page
-cache, alternating and taking the best of some rounds. With --memory it compares the peak resident memory at N
+Makes a float32 set, then measures (a) reading every image in file order and one real 2-D FFT of each, with
+the same FFT library and threads, and (b) `preprocess` to each box, both with the files in the page
+cache, alternating and taking the best of some rounds. CPU time
+is what counts on a machine that others use too. With --memory it compares the peak resident memory at N
 and 4 N particles.
 """
 
@@ -18,12 +19,35 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What something took on the clock, and on all processors together."""
+
+    wall: float
+    cpu: float
+
+
+def measured(call: Callable[[], None]) -> Seconds:
+    """Run `call` and time it."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def best(rounds: list[Seconds]) -> Seconds:
+    """The least wall and the least processor time of some rounds."""
+    return Seconds(min(one.wall for one in rounds), min(one.cpu for one in rounds))
 
 
 def make_set(folder: Path, n: int, box: int, stacks: int) -> Path:
@@ -49,8 +73,8 @@ def make_set(folder: Path, n: int, box: int, stacks: int) -> Path:
     return import_folder(folder / "imported", particles)
 
 
-def read_and_transform(imported: Path, threads: int) -> float:
-    """Seconds to read all images once, in file order, and to take one rfft2 of each."""
+def read_and_transform(imported: Path, threads: int) -> None:
+    """Read all images once, in file order, and take one rfft2 of each."""
     import torch
 
     from cryodrgn_pipeline.io.mrc import MrcImages
@@ -69,20 +93,16 @@ def read_and_transform(imported: Path, threads: int) -> float:
         stack.read_into(np.arange(start, start + len(images)), images)
         torch.fft.rfft2(torch.from_numpy(images))
 
-    started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, parts))
-    return time.perf_counter() - started
 
 
-def run_preprocess(imported: Path, output: Path, box: int, threads: int, dtype: str) -> float:
-    """Seconds of one whole `preprocess` call, files on disk included."""
+def run_preprocess(imported: Path, output: Path, box: int, dtype: str, threads: int) -> None:
+    """One whole `preprocess` call, files on disk included."""
     from cryodrgn_pipeline.preprocess import PreprocessSettings, preprocess
 
     shutil.rmtree(output, ignore_errors=True)
-    started = time.perf_counter()
     preprocess(imported, output, PreprocessSettings(box_size_px=box, dtype=dtype), threads=threads)
-    return time.perf_counter() - started
 
 
 def peak_memory_mb(imported: Path, output: Path, box: int) -> float:
@@ -108,29 +128,32 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         imported, output, box = options.worker
-        run_preprocess(Path(imported), Path(output), int(box), options.threads, "float32")
+        run_preprocess(Path(imported), Path(output), int(box), "float32", options.threads)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     folder, n = options.folder, options.particles
     imported = make_set(folder / "n", n, options.box_size, 8)
     cases = [(to, dtype) for to in options.to for dtype in ("float32", "float16")]
-    floor, taken = np.inf, dict.fromkeys(cases, np.inf)
+    floors: list[Seconds] = []
+    taken: dict[tuple[int, str], list[Seconds]] = {case: [] for case in cases}
     for _ in range(options.rounds):
-        floor = min(floor, read_and_transform(imported, options.threads))
-        for to, dtype in cases:
-            seconds = run_preprocess(imported, folder / "stack", to, options.threads, dtype)
-            taken[to, dtype] = min(taken[to, dtype], seconds)
-    print(f"{n} images of {options.box_size} px, {options.threads} threads")
-    print(f"read + rfft2: {floor:.2f} s ({floor / n * 1e3:.3f} ms an image)")
-    for (to, dtype), seconds in taken.items():
-        print(
-            f"preprocess to {to} px {dtype}: {seconds:.2f} s ({seconds / n * 1e3:.3f} ms an image), "
-            f"{seconds / floor:.2f} x"
-        )
+        floors.append(measured(lambda: read_and_transform(imported, options.threads)))
+        for case in cases:
+            call = partial(run_preprocess, imported, folder / "stack", *case, options.threads)
+            taken[case].append(measured(call))
+    floor = best(floors)
+    print(f"{n} images of {options.box_size} px, {options.threads} threads, best of {options.rounds} rounds")
+    print("| | wall s | CPU s | wall ratio | CPU ratio |\n|---|---|---|---|---|")
+    print(f"| read + rfft2 of every image | {floor.wall:.2f} | {floor.cpu:.2f} | 1 | 1 |")
+    for (to, dtype), rounds in taken.items():
+        one = best(rounds)
+        ratios = f"{one.wall / floor.wall:.2f} | {one.cpu / floor.cpu:.2f}"
+        print(f"| preprocess to {to} px, {dtype} | {one.wall:.2f} | {one.cpu:.2f} | {ratios} |")
     if options.memory:
         larger = make_set(folder / "4n", 4 * n, options.box_size, 8)
-        for name, source in (("N", imported), ("4 N", larger)):
-            print(f"peak memory at {name}: {peak_memory_mb(source, folder / 'stack', options.to[0]):.0f} MB")
+        for count, source in ((n, imported), (4 * n, larger)):
+            peak = peak_memory_mb(source, folder / "stack", options.to[0])
+            print(f"peak memory with {count} images: {peak:.0f} MB")
     shutil.rmtree(folder / "stack", ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.fourier.crop import cropped_spectrum
+from cryodrgn_pipeline.fourier.crop import cropped_spectrum, images_of
 from cryodrgn_pipeline.fourier.noise import NoiseEstimate, NoiseSpectrum
 from cryodrgn_pipeline.fourier.window import linear_window, soft_disc
 from cryodrgn_pipeline.io.images import ParticleImages, stream
@@ -131,7 +131,7 @@ class StackRun:
             factor=torch.from_numpy(self.particles.contrast_sign[rows].astype(np.float32)),
         )
         self._check_finite(rows, spectrum)
-        cropped = torch.fft.irfft2(spectrum, s=(d, d))
+        cropped = images_of(spectrum)
         noise = self._noise_of(rows, cropped, spectrum)
         pixel_sizes = self.pixel_sizes_a[rows]
         for pixel_size in np.unique(pixel_sizes):

@@ -60,8 +60,13 @@ def fourier_crop(
 ) -> Tensor:
     """Shift, multiply and Fourier-crop `(B, D₀, D₀)` images to `(B, D, D)`; see `cropped_spectrum`."""
     spectrum = cropped_spectrum(images, box_size_px, shift_px=shift_px, factor=factor)
-    cropped: Tensor = torch.fft.irfft2(spectrum, s=(box_size_px, box_size_px))
-    return cropped
+    return images_of(spectrum)
+
+
+def images_of(spectrum: Tensor) -> Tensor:
+    """Real images `(B, D, D)` of half-plane spectra `(B, D, D/2+1)`, like a faster `irfft2`."""
+    images: Tensor = torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=spectrum.shape[-2])
+    return images
 
 
 def fourier_pad(images: Tensor, box_size_px: int) -> Tensor:
