@@ -242,7 +242,7 @@ def test_every_setting_of_the_training_verb_can_be_configured() -> None:
     from cryodrgn_pipeline.config.models import Train
 
     verb = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    said_by_the_workflow = {"stack", "output", "subset", "threads", "resume"}
+    said_by_the_workflow = {"stack", "run", "subset", "threads", "resume"}
     spoken = {"lazy": "in_memory"}
     settings = {spoken.get(parameter.name, parameter.name) for parameter in verb.params}
     assert settings - said_by_the_workflow == set(Train.model_fields)
