@@ -52,11 +52,13 @@ def import_verb(
 ) -> None:
     """Read the poses and CTFs of a consensus refinement and bring them into one convention.
 
-    Understands RELION 3.0 to 5 (.star) and cryoSPARC (.cs, with its passthrough file). Images are looked for
-    in --datadir, the working directory, and upwards from the particle file. Writes particles.parquet and
-    import.json. The remedies are for poses that break their package's convention: `consensus` names them.
+    Understands RELION 3.0 to 5 (.star) and cryoSPARC (.cs, with its
+    passthrough file). Images are looked for in --datadir, the working
+    directory, and upwards from the particle file. Writes particles.parquet
+    and import.json. The remedies are for poses that break their package's
+    convention: `consensus` names them.
 
-    Example: cryodrgn-pipeline import Refine3D/job012/run_data.star -o results/import
+    Example: cryodrgn-pipeline import run_data.star -o results/import
     """
     from cryodrgn_pipeline.conventions import Remedies
     from cryodrgn_pipeline.errors import ConfigError
@@ -93,8 +95,9 @@ def export_verb(
 ) -> None:
     """Write imported particles, or a subset of them, as a RELION or cryoSPARC file.
 
-    A file of the source's own kind is the original table with rows left out: all columns, the order and every
-    value stay as they were (a .cs passthrough file is cut beside it). The other kind is made from the poses
+    A file of the source's own kind is the original table with rows left
+    out: all columns, the order and every value stay as they were (a .cs
+    passthrough file is cut beside it). The other kind is made from the poses
     and CTFs, with remedies and --set values applied.
 
     Example: cryodrgn-pipeline export results/import --subset closed.txt -o closed.star
@@ -262,4 +265,39 @@ def phase_flip_verb(
     from cryodrgn_pipeline.phase_flip import phase_flip
 
     phase_flip(import_dir, output, box_size_px=box_size, chunk_size=chunk_size, threads=threads)
+    typer.echo(output)
+
+
+@app.command("consensus", rich_help_panel=DATA)
+def consensus_verb(
+    stack: Annotated[Path, typer.Argument(help="Folder that preprocess made.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your consensus map of the same refinement: it judges hand and pixel size as well."
+        ),
+    ] = None,
+    check: Annotated[
+        str, typer.Option(help="Where the data contradict a convention: stop, warn, or off (no check).")
+    ] = "stop",
+    mask: Annotated[
+        Path | None, typer.Option(help="Soft mask for the FSC, in the stack's box; default from the map.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws half sets where the source has none.")] = 0,
+) -> None:
+    """Reconstruct the consensus map in two halves, and check the conventions against the data.
+
+    Writes map.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.parquet and consensus.json. The check tries rotations
+    transposed, shifts negated or in another unit, contrast inverted and (with --reference) the other hand and
+    pixel size; where the data clearly disagree it exits with code 3 and names the line that mends it.
+
+    Example: cryodrgn-pipeline consensus stack_128 --reference run_class001.mrc -o consensus
+    """
+    from cryodrgn_pipeline.consensus import consensus
+    from cryodrgn_pipeline.errors import ConfigError
+
+    if check not in ("stop", "warn", "off"):
+        raise ConfigError(f"--check must be stop, warn or off, not {check}")
+    consensus(stack, output, reference=reference, check=check, mask=mask, seed=seed)
     typer.echo(output)

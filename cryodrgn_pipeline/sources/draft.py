@@ -144,8 +144,6 @@ class Draft:
         wrong = np.flatnonzero(~rule.plausible(values))
         if not len(wrong):
             return
-        if self.origins[name] == "--set":
-            raise ConfigError(f"--set {name}={values[0]:g}: expected {rule.expected}")
         shown = ", ".join(f"row {row + 1} ({values[row]:g})" for row in wrong[:EXAMPLES])
         raise InputFormatError(
             f"{self.path}: {self.origins[name]} gives no usable {name} in {len(wrong)} of {len(self)} rows: "
