@@ -74,30 +74,37 @@ def splat(grids, slab_edges, target, rotation, scale, kx, ky, image, ctf, weight
 
 
 @njit(cache=True, fastmath=True, parallel=True)
-def extract(grids, source, rotation, scale, kx, ky, out):  # type: ignore[no-untyped-def]
-    """Slices of `grids` `(S, E, E, E/2+1)` complex64 into `out` `(B, P)`; image i reads grid `source[i]`."""
+def correlate(grids, source, rotation, scale, kx, ky, image, ctf, weight, group, out):  # type: ignore[no-untyped-def]
+    """Normalised correlation of each image with the CTF-filtered slice of its grid, into `out` `(B,)`.
+
+    `grids` `(S, E, E, E/2+1)` complex64, of which image i reads `source[i]`; the rest as in `splat`.
+    """
     size = grids.shape[1]
-    half = size // 2
+    half, one = size // 2, np.float32(1)
     for i in prange(out.shape[0]):
-        grid, turn, zoom = grids[source[i]], rotation[i], scale[i]
+        grid, turn, zoom, of_group = grids[source[i]], rotation[i], scale[i], group[i]
+        inner, norm = 0.0, 0.0
         for p in range(kx.shape[0]):
             x0, y0, z0, fx, fy, fz, side = _corner(kx[p], ky[p], turn, zoom)
             if max(x0, y0, z0) + 1 >= half or min(y0, z0) <= -half:
-                out[i, p] = 0
                 continue
             real, imaginary = np.float32(0), np.float32(0)
             for dz in range(2):
-                wz = fz if dz else 1 - fz
+                wz = fz if dz else one - fz
                 zz = z0 + dz
                 zz = zz + size if zz < 0 else zz
                 for dy in range(2):
-                    wy = wz * (fy if dy else 1 - fy)
+                    w = wz * (fy if dy else one - fy)
                     yy = y0 + dy
                     yy = yy + size if yy < 0 else yy
                     a, b = grid[zz, yy, x0], grid[zz, yy, x0 + 1]
-                    real += wy * ((1 - fx) * a.real + fx * b.real)
-                    imaginary += wy * ((1 - fx) * a.imag + fx * b.imag)
-            out[i, p] = complex(real, side * imaginary)
+                    real += w * ((one - fx) * a.real + fx * b.real)
+                    imaginary += w * ((one - fx) * a.imag + fx * b.imag)
+            c = ctf[i, p]
+            cw = c * weight[of_group, p]
+            inner += cw * (real * image[i, p].real + side * imaginary * image[i, p].imag)
+            norm += cw * c * (real * real + imaginary * imaginary)
+        out[i] = inner / np.sqrt(norm) if norm > 0 else 0.0
 
 
 def balanced_slabs(grid_size: int, slabs: int) -> NDArray[np.int64]:

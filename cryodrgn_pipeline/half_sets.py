@@ -1,0 +1,37 @@
+"""Which particles may meet in one half of the data: images, not rows, are dealt to the two sets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline.particles import ParticleSet
+
+REPEAT = re.compile(r"#\d+$")
+
+
+def image_of_id(particle_id: NDArray[Any]) -> NDArray[Any]:
+    """The image that each particle id `(N,)` stands for: `x#2`, a repeat of `x`, is `x` again."""
+    if particle_id.dtype.kind in "ui":
+        return particle_id
+    return np.array([REPEAT.sub("", str(name)) for name in particle_id])
+
+
+def half_sets(particles: ParticleSet, seed: int = 0) -> tuple[NDArray[np.int64], str]:
+    """Which half (0 or 1) each particle belongs to, `(N,)`, and where that comes from.
+
+    The source's own two half sets are kept; otherwise images are dealt at random. Repeats of one image stay
+    together either way.
+    """
+    images, first, inverse = np.unique(
+        image_of_id(particles.particle_id), return_index=True, return_inverse=True
+    )
+    if particles.half_set is not None:
+        values = np.unique(particles.half_set)
+        if len(values) == 2:
+            return (particles.half_set[first] == values[1]).astype(np.int64)[inverse], "source"
+    dealt = np.random.default_rng(seed).permutation(len(images)) % 2
+    return dealt.astype(np.int64)[inverse], "random"
