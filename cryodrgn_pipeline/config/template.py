@@ -14,7 +14,7 @@ from cryodrgn_pipeline.config.models import Config, Dataset, Run, Subset
 from cryodrgn_pipeline.config.schema import json_schema
 
 HEADER = """\
-# Configuration of cryodrgn-pipeline. Every key below shows its default; leave out what you do not change.
+# Configuration of cryodrgn-pipeline: every key with its meaning. What is left out takes its default.
 # Run it:  cryodrgn-pipeline run --configfile THIS_FILE --cores 8      (add -n to see what would be done)
 # Relative paths start at the folder you run in. Numbers carry their unit in the key: _px, _a (Å), _mb, _min.
 """
@@ -24,7 +24,7 @@ EXAMPLE = """\
 #     particles: path/to/run_data.star # or a cryoSPARC .cs file
 """
 
-MORE = """\
+MORE = """
 # Other particle subsets and other settings for single runs, below a dataset:
 #     subsets:
 #       good:
