@@ -89,6 +89,7 @@ def preprocess(
                     "n_particles": len(particles),
                     "dtype": settings.dtype,
                     **identity,
+                    "source": source.in_force,
                     "notes": source.notes,
                     "noise": noise,
                     "version": __version__,

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.tables import read_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
@@ -17,13 +19,15 @@ PARTICLES, INFO = "particles.parquet", "import.json"
 class ImportedSource:
     """Particles whose images can be read, and what the import said about them.
 
-    `notes` holds one line per aberration that no step applies; `recorded` size in bytes and modification
-    time in ns by stack path; `fingerprint` changes with the particle table and with the image files.
+    `in_force` is what remedies of the convention check are relative to; `notes` holds one line per aberration
+    that no step applies; `recorded` size in bytes and modification time in ns by stack path; `fingerprint`
+    changes with the particle table and with the image files.
     """
 
     def __init__(self, folder: Path, particles: ParticleSet, info: dict[str, Any], fingerprint: str) -> None:
         self.particles = particles
         self.fingerprint = fingerprint
+        self.in_force = _in_force(particles, info)
         self.notes = [
             f"{item['name']} is not applied: {item['rows']} of {len(particles)} particles, up to "
             f"{item['max']}" + (f"; {item['effect']}" if item.get("effect") else "")
@@ -58,3 +62,14 @@ class ImportedSource:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(json.dumps(info.get("image_stacks", []), sort_keys=True).encode())
         return cls(folder, particles, info, digest.hexdigest())
+
+
+def _in_force(particles: ParticleSet, info: dict[str, Any]) -> dict[str, Any]:
+    """Pixel size of most images in Å, contrast sign (None where it differs) and the remedies applied."""
+    sizes, counts = np.unique(particles.optics.pixel_size_a, return_counts=True)
+    signs = np.unique(particles.contrast_sign)
+    return {
+        "pixel_size_a": float(sizes[counts.argmax()]) if len(sizes) else None,
+        "contrast_sign": float(signs[0]) if len(signs) == 1 else None,
+        "conventions": info.get("conventions", {}),
+    }
