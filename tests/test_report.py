@@ -156,7 +156,9 @@ def test_the_first_screen_gives_the_headline_numbers(page: Page):
 
 def test_the_convention_check_shows_each_test_with_its_remedy(page: Page):
     assert "half maps agree to 11.8 Å as read and to 24.9 Å with transposed rotations" in page.text
-    assert "import: {transpose_rotations: true}" in page.text
+    remedy = "datasets: NAME: conventions: transpose_rotations: true (import --transpose-rotations)"
+    assert page.text.count(remedy) == 2
+    assert "rotation transpose" in page.text
     assert "not determinable" in page.text
 
 

@@ -108,12 +108,14 @@ def make_consensus(folder: Path, verdict: str = "consistent") -> Path:
     wrong = verdict == "contradicted"
     tests = [
         {
-            "name": "rotation transpose",
+            "name": "rotation_transpose",
             "verdict": verdict,
             "statement": "half maps agree to 11.8 Å as read and to 24.9 Å with transposed rotations",
             "score_current": 0.81,
             "score_alternative": 0.33,
-            "remedy": "import: {transpose_rotations: true}" if wrong else None,
+            "remedy": "transpose_rotations: true" if wrong else None,
+            "remedy_section": "datasets: NAME: conventions:" if wrong else None,
+            "import_option": "--transpose-rotations" if wrong else None,
         },
         {
             "name": "hand",

@@ -24,6 +24,7 @@ FSC_NAMES = {
 }
 FSC_COLOURS = ("#1f6feb", "#8a97a3", "#2da44e", "#bf5af2")
 TRAINING_NAMES = {"reconstruction": "training particles", "held_out_reconstruction": "held-out particles"}
+LINES_AT_MOST = 12
 VIEW_NAMES = ("slice z", "slice y", "slice x", "projection z", "projection y", "projection x")
 
 
@@ -177,8 +178,16 @@ def _fsc_figure(consensus: Consensus) -> Any:
         ax.axhline(level, color=FAINT, linewidth=0.8, linestyle="--")
         ax.annotate(f"{level:g}", (1, level), (2, 2), xycoords=("axes fraction", "data"),
                     textcoords="offset points", fontsize=8, color=FAINT)  # fmt: skip
+    end = max((float(x.max()) for x, _ in curves.values()), default=1.0)
+    ticks = [end * i / 5 for i in range(1, 6)]
+    ax.set_xticks(ticks, [f"{1 / tick:.3g}" for tick in ticks])
+    ax.set_xlim(0, 1.02 * end)
+    at = consensus.summary.get("resolution_fsc0143_a")
+    if at:
+        ax.axvline(1 / at, color=FSC_COLOURS[0], linewidth=0.8)
+        ax.set_title(f"FSC 0.143 at {at:.3g} Å", fontsize=10, color=INK, loc="left")
     ax.set_ylim(-0.1, 1.05)
-    ax.set_xlabel("spatial frequency (1/Å)")
+    ax.set_xlabel("resolution (Å)")
     ax.set_ylabel("Fourier shell correlation")
     ax.legend(frameon=False, fontsize=8)
     return figure
@@ -191,15 +200,20 @@ def _montage_figure(consensus: Views | None, volumes: VolumeSet | None) -> Any:
     sets = [[view for _, view in rows[:1]]] if consensus is not None else []
     sets += [list(volumes.views)] if volumes is not None else []
     ranges = {id(view): view_ranges(group) for group in sets for view in group}
-    figure, grid = _picture_grid(len(rows), 6)
-    for line, (name, view) in enumerate(rows):
+    blocks = -(-len(rows) // LINES_AT_MOST)
+    lines = -(-len(rows) // blocks)
+    figure, grid = _picture_grid(lines, 6 * blocks)
+    for number, (name, view) in enumerate(rows):
+        block, line = divmod(number, lines)
         slices, projections = ranges[id(view)]
         for column, image in enumerate([*view.slices, *view.projections]):
             low, high = slices if column < 3 else projections
-            grid[line][column].imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
+            ax = grid[line][6 * block + column]
+            ax.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
             if line == 0:
-                grid[line][column].set_title(VIEW_NAMES[column], fontsize=8, color=INK)
-        grid[line][0].set_ylabel(name, fontsize=8, color=INK, rotation=0, ha="right", va="center")
+                ax.set_title(VIEW_NAMES[column], fontsize=8, color=INK)
+        label = grid[line][6 * block]
+        label.set_ylabel(name, fontsize=8, color=INK, rotation=0, ha="right", va="center")
     return figure
 
 

@@ -42,6 +42,12 @@ def verdict_of(check: dict[str, Any]) -> tuple[str, str, str]:
     return VERDICTS.get(verdict, (verdict.replace("_", " "), "open", ""))
 
 
+def remedy_of(test: dict[str, Any]) -> str:
+    """The line of config.yaml that mends a contradicted convention, with the section it belongs in."""
+    section, option = test.get("remedy_section") or "", test.get("import_option")
+    return f"{section} {test.get('remedy') or ''}".strip() + (f" (import {option})" if option else "")
+
+
 def headlines(gathered: Gathered) -> list[Headline]:
     """The numbers of the first screen, as far as they are known."""
     found = []
@@ -64,6 +70,8 @@ def headlines(gathered: Gathered) -> list[Headline]:
         at = consensus.get("resolution_fsc0143_a")
         half = consensus.get("resolution_fsc05_a")
         below = f"FSC 0.5 at {half:.3g} Å" if half else "FSC 0.143"
+        if at and pixel and at < 2.02 * pixel:
+            below = "limited by the pixel size"
         value = f"{at:.3g} Å" if at else "none"
         found.append(Headline(name="consensus resolution", value=value, below=below))
         label, tone, _ = verdict_of(consensus.get("convention_check", {}))
@@ -97,8 +105,8 @@ def findings(gathered: Gathered) -> list[tuple[str, str]]:
         check = gathered.consensus.summary.get("convention_check", {})
         label, tone, meaning = verdict_of(check)
         found.append((tone, f"Conventions: {label}. {meaning}"))
-        remedies = [test["remedy"] for test in check.get("tests", []) if test.get("remedy")]
-        found += [("bad", f"In config.yaml set: {remedy}") for remedy in remedies]
+        remedies = [remedy_of(test) for test in check.get("tests", []) if test.get("remedy")]
+        found += [("bad", f"In config.yaml: {remedy}") for remedy in remedies]
     if gathered.metrics:
         found.append(training_verdict(gathered.metrics))
     if gathered.latents is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.report.collect import Gathered, VolumeSet
+from cryodrgn_pipeline.report.summary import remedy_of
 
 LONGEST_VALUE = 400
 
@@ -113,12 +114,12 @@ def check_rows(check: Mapping[str, Any]) -> list[dict[str, str]]:
         ]
         rows.append(
             {
-                "name": str(test.get("name", "")),
+                "name": str(test.get("name", "")).replace("_", " "),
                 "verdict": str(test.get("verdict", "")),
                 "statement": str(test.get("statement", "")),
                 "as_read": scores[0],
                 "alternative": scores[1],
-                "remedy": str(test.get("remedy") or ""),
+                "remedy": remedy_of(test) if test.get("remedy") else "",
             }
         )
     return rows
