@@ -46,13 +46,15 @@ def cropped_spectrum(
 
     columns = phase_ramp(torch.arange(half + 1), shift[:, 0], original) * scale[:, None]
     rows = phase_ramp(torch.arange(-half, half + 1), shift[:, 1], original)
-    full = torch.fft.rfft2(images)  # whole: cheaper in MKL than two passes over the kept columns
-    out = torch.empty(n, d, half + 1, dtype=full.dtype)
-    torch.mul(full[:, :half, : half + 1], rows[:, half:d, None], out=out[:, :half])
-    torch.mul(full[:, original - half :, : half + 1], rows[:, :half, None], out=out[:, half:])
-    out[:, half] = (out[:, half] + full[:, half, : half + 1] * rows[:, d, None]) / 2
-    out *= columns[:, None, :]
-    return out
+    # columns are cropped first and laid out one after the other: half the work, and kind to the cache
+    wide = torch.fft.rfft(images)[..., : half + 1].transpose(1, 2).contiguous()
+    full = torch.fft.fft(wide)
+    out = torch.empty(n, half + 1, d, dtype=full.dtype)
+    torch.mul(full[..., :half], rows[:, None, half:d], out=out[..., :half])
+    torch.mul(full[..., original - half :], rows[:, None, :half], out=out[..., half:])
+    out[..., half] = (out[..., half] + full[..., half] * rows[:, d, None]) / 2
+    out *= columns[:, :, None]
+    return out.transpose(1, 2)
 
 
 def fourier_crop(
@@ -65,7 +67,8 @@ def fourier_crop(
 
 def images_of(spectrum: Tensor) -> Tensor:
     """Real images `(B, D, D)` of half-plane spectra `(B, D, D/2+1)`, like a faster `irfft2`."""
-    images: Tensor = torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=spectrum.shape[-2])
+    rows_done = torch.fft.ifft(spectrum.transpose(1, 2)).transpose(1, 2).contiguous()
+    images: Tensor = torch.fft.irfft(rows_done, n=spectrum.shape[-2])
     return images
 
 
