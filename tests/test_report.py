@@ -360,3 +360,13 @@ def test_the_notebook_opens_a_run_decodes_a_volume_and_writes_ids(tmp_path: Path
     written = (tmp_path / "notebook" / "chosen.txt").read_text().splitlines()
     assert written == [str(particle) for particle in names["chosen"]]
     assert 0 < len(written) < 240
+
+
+def test_a_consistent_check_names_what_it_could_not_decide(tmp_path: Path):
+    make_latent(tmp_path, n=30)
+    consensus = make_consensus(tmp_path / "consensus")
+    page = write_report(ReportRequest(run=tmp_path, consensus=consensus)).read_text(encoding="utf-8")
+    assert (
+        "Conventions: consistent. As read, the particles agree with their images. Not determinable: hand."
+        in (Page(page).text)
+    )

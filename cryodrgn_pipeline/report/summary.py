@@ -15,7 +15,7 @@ from cryodrgn_pipeline.report.figures import training_curves
 # A latent dimension whose posterior means vary less than this holds nothing (Burda et al. 2016, sec. 5.2).
 ACTIVE_VARIANCE = 0.01
 VERDICTS = {
-    "consistent": ("consistent", "good", "Poses, shifts and contrast agree with the images."),
+    "consistent": ("consistent", "good", "As read, the particles agree with their images."),
     "contradicted": (
         "contradicted",
         "bad",
@@ -104,6 +104,11 @@ def findings(gathered: Gathered) -> list[tuple[str, str]]:
     if gathered.consensus is not None:
         check = gathered.consensus.summary.get("convention_check", {})
         label, tone, meaning = verdict_of(check)
+        open_ones = [test for test in check.get("tests", []) if test.get("verdict") == "not_determinable"]
+        if open_ones and label == "consistent":
+            meaning += (
+                f" Not determinable: {', '.join(test['name'].replace('_', ' ') for test in open_ones)}."
+            )
         found.append((tone, f"Conventions: {label}. {meaning}"))
         remedies = [remedy_of(test) for test in check.get("tests", []) if test.get("remedy")]
         found += [("bad", f"In config.yaml: {remedy}") for remedy in remedies]
