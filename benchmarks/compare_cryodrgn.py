@@ -477,7 +477,7 @@ def main() -> int:
     parser.add_argument("--particles", type=int, default=4000)
     parser.add_argument("--box-size", type=int, default=64)
     parser.add_argument("--pixel-size", type=float, default=3.0)
-    parser.add_argument("--snr", type=float, default=0.2)
+    parser.add_argument("--snr", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=256, help="hidden width of encoder and decoder")
     parser.add_argument(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.simulate import Settings, phantom_of, signal_spectra, simulate
-from cryodrgn_pipeline.simulation.images import noise_filter, slices, volume
+from cryodrgn_pipeline.simulation.images import ctf_plane, noise_filter, slices, volume
 from cryodrgn_pipeline.simulation.particles import draw_particles
 from cryodrgn_pipeline.simulation.phantom import ARM, BODY, MOTIONS, SUBUNIT
 
@@ -33,9 +33,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def projection(rotation: np.ndarray, shift_a: np.ndarray, settings: Settings = SMALL) -> np.ndarray:
-    phantom = phantom_of(settings)
-    position, weight = phantom.states(np.array([0.3]), np.array([1.0]))
+def projection(
+    rotation: np.ndarray, shift_a: np.ndarray, motion: float = 0.3, occupancy: float = 1.0
+) -> np.ndarray:
+    phantom = phantom_of(SMALL)
+    position, weight = phantom.states(np.array([motion]), np.array([occupancy]))
     placed = position @ rotation.T
     placed[..., :2] -= shift_a
     spectrum = slices(
@@ -86,6 +88,18 @@ def test_moving_the_content_by_plus_shift_centres_it():
     centred = projection(np.eye(3), np.zeros(2))
     shifted = projection(np.eye(3), np.array([3 * PIXEL_A, -2 * PIXEL_A]))
     np.testing.assert_allclose(np.roll(shifted, (-2, 3), axis=(0, 1)), centred, atol=1e-4 * centred.max())
+
+
+def test_an_image_is_its_particles_projection_by_its_true_pose_through_its_ctf():
+    particles, rows = draw_particles(SMALL), np.array([3, 70])
+    spectra = signal_spectra(particles, rows, phantom_of(SMALL), SMALL)
+    reported = particles.reported.take(rows)
+    transfer = ctf_plane(reported.optics, reported.ctf, b_factor_a2=SMALL.b_factor_a2)
+    for place, row in enumerate(rows):
+        pose, shift = particles.poses.rotation[row], particles.poses.shift_a[row]
+        clean = projection(pose, shift, particles.motion[row], particles.occupancy[row])
+        expected = torch.fft.rfft2(torch.from_numpy(clean)) * transfer[place]
+        torch.testing.assert_close(spectra[place], expected, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
