@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing
 
+EXAMPLES = 5
+
 
 def write_ids(path: Path, particle_id: NDArray[Any]) -> None:
     """Write ids, one per line, atomically."""
@@ -18,47 +20,45 @@ def write_ids(path: Path, particle_id: NDArray[Any]) -> None:
         temporary.write_text("".join(f"{i}\n" for i in particle_id), encoding="utf-8")
 
 
-def read_id_rows(path: Path, known: NDArray[Any], where: str) -> NDArray[np.int64]:
-    """Rows of `known` that an id file names, in the file's order.
+def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:
+    """The ids of an id file as the kind of id that `like` holds (uint64 or str), each once.
 
-    Parameters
-    ----------
-    path
-        Text, one id per line; blank lines are passed over.
-    known
-        `(N,)` uint64 or str ids to look in.
-    where
-        What holds `known`, for the message.
-
-    Raises
-    ------
-    InputFormatError
-        When the file is missing or empty, has an id twice, or one that is not in `known`.
+    Blank lines are passed over. Raises `InputFormatError` when the file is missing, empty or no text, or
+    names something else than cryoSPARC uids where those are needed.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputFormatError(f"{path}: no such id file. `select` writes one.") from None
-    wanted: list[Any] = [line for line in lines if line]
-    if not wanted:
-        raise InputFormatError(f"{path}: holds no ids. Expected one particle id per line.")
-    if known.dtype.kind == "u":
-        words = [word for word in wanted if not (word.isascii() and word.isdigit() and int(word) < 2**64)]
-        if words:
-            raise InputFormatError(
-                f"{path}: {len(words)} of {len(wanted)} ids are not cryoSPARC uids, e.g. {words[0]!r}; "
-                f"{where} came from a .cs file. Take the ids from this run's tables."
-            )
-        wanted = [int(word) for word in wanted]
-    row_of = {identity: row for row, identity in enumerate(known.tolist())}
-    unknown = [identity for identity in wanted if identity not in row_of]
-    if unknown:
+        raise InputFormatError(f"{path}: no such id file; `select` writes one") from None
+    except UnicodeDecodeError as error:
+        raise InputFormatError(f"{path}: not a text file with one particle id per line") from error
+    words = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not words:
+        raise InputFormatError(f"{path}: names no particle; expected one particle id per line")
+    if like.dtype.kind != "u":
+        return np.array(words, dtype=object)
+    wrong = [word for word in words if not (word.isdecimal() and int(word) < 2**64)]
+    if wrong:
         raise InputFormatError(
-            f"{path}: {len(unknown)} of {len(wanted)} ids are not in {where} ({len(known)} particles), "
-            f"e.g. {unknown[0]}. Take the ids from this data set's tables."
+            f"{path}: {len(wrong)} of {len(words)} lines are no cryoSPARC uid, such as {wrong[0][:60]!r}; "
+            f"the ids of these particles are numbers such as {like[0]}"
         )
-    if len(set(wanted)) < len(wanted):
+    return np.array([int(word) for word in words], dtype=np.uint64)
+
+
+def read_id_rows(path: Path, known: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """The rows of `known`, `(N,)` ids, that an id file names, ascending.
+
+    Raises `InputFormatError` as `read_ids` does, and when an id is not in `known`, which `where` names.
+    """
+    wanted = dict.fromkeys(read_ids(path, known).tolist())
+    rows = [row for row, identity in enumerate(known.tolist()) if identity in wanted]
+    if len(rows) < len(wanted):
+        there = set(known.tolist())
+        unknown = [identity for identity in wanted if identity not in there]
+        examples = ", ".join(str(identity) for identity in unknown[:EXAMPLES])
         raise InputFormatError(
-            f"{path}: {len(wanted) - len(set(wanted))} of {len(wanted)} ids are repeated. Remove the repeats."
+            f"{path}: {len(unknown)} of {len(wanted)} ids are not among the {len(known)} particles of "
+            f"{where}, such as {examples}; is it a subset of another data set?"
         )
-    return np.array([row_of[identity] for identity in wanted], dtype=np.int64)
+    return np.array(rows, dtype=np.int64)
