@@ -25,14 +25,14 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A simulated set of 96 particles of 16 px, imported (`import/`) and prepared (`stack/`) by the product."""
+    """96 simulated particles of 16 px, imported (`import/`) and prepared (`stack/`) by the product."""
     from typer.testing import CliRunner
 
     from cryodrgn_pipeline.cli import app
 
     folder = tmp_path_factory.mktemp("tiny")
     for command in (
-        f"simulate -o {folder}/set --box-size 16 --pixel-size 12 --particles 96 --snr 0.5 --seed 1 --states 3",
+        f"simulate -o {folder}/set --box-size 16 --pixel-size 12 --particles 96 --snr 0.5 --states 3",
         f"import {folder}/set/particles.star -o {folder}/import",
         f"preprocess {folder}/import --box-size 16 -o {folder}/stack",
     ):

@@ -126,7 +126,9 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
 
 
 def test_the_encoder_can_read_low_frequencies_only():
-    config = VaeConfig(box_size_px=16, latent_dim=2, encoder_width=8, decoder_width=8, encoder_mask_radius=0.5)
+    config = VaeConfig(
+        box_size_px=16, latent_dim=2, encoder_width=8, decoder_width=8, encoder_mask_radius=0.5
+    )
     vae, plane = Vae(config), config.plane()
     f = torch.randn(2, len(plane), dtype=torch.complex64)
     changed = torch.where(plane.radius > 4, torch.randn_like(f), f)
