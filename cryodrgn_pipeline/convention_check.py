@@ -190,7 +190,8 @@ def run_tests(evidence: Evidence, source: Source, reference: tuple[Tensor, float
         fits, why_not = _fit(by_reference, zooms, halves[best])
         if fits is None:
             by_reference = zooms = None
-    judges = Judges(halves=halves, reference=by_reference)
+    spread = float(evidence.shift_a.square().mean().sqrt())
+    judges = Judges(halves=halves, reference=by_reference, shift_spread_a=spread)
     skewness, error, quarters = skewness_of_quarters(evidence, best)
     tests = (
         rotation_test(judges, source),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from cryodrgn_pipeline.convention_scores import Score, advantage
+from cryodrgn_pipeline.convention_scores import Hypothesis, Score, advantage
 from cryodrgn_pipeline.convention_verdicts import (
     CONSISTENT,
     CONTRADICTED,
@@ -45,55 +47,64 @@ def rotation_test(judges: Judges, source: Source) -> Test:
 def shift_sign_test(judges: Judges, source: Source) -> Test:
     """Do the shifts centre the particles, or push them away; or are the images centred without?"""
     verdict, comparison, evidence = judges.decide(lambda h: h.negate, MARGIN / 2, Judges.shifted)
-    if judges.centred_already():
-        control = compare(judges.halves, Judges.unshifted)
-        numbers = compare(judges.as_large_as_imported(), Judges.unshifted).numbers()
-        return _pose(
-            "shift_sign",
-            CONTRADICTED,
-            f"the images are centred already, the shifts only move the particles away: {numbers}",
-            control,
-            "shift_x_a: 0\nshift_y_a: 0",
-            "--set shift_x_a=0 --set shift_y_a=0",
-            section="set",
-        )
+    value = _yaml(not source.negate_shifts)
+    remedy, section = f"negate_shifts: {value}", "conventions"
+    option = "--negate-shifts" if not source.negate_shifts else "no --negate-shifts"
     said = {
         CONTRADICTED: "the shifts have the opposite sign (they tell where the particle is)",
         CONSISTENT: "the shifts have the right sign",
         UNDECIDED: "the particles do not tell the sign of the shifts (are they near zero?)",
     }[verdict]
-    value = _yaml(not source.negate_shifts)
-    return _pose(
-        "shift_sign",
-        verdict,
-        f"{said}: {evidence}",
-        comparison,
-        f"negate_shifts: {value}",
-        "--negate-shifts" if not source.negate_shifts else "no --negate-shifts",
-    )
+    if judges.better_without_shifts():
+        comparison = compare(judges.as_large_as_imported(), Judges.unshifted)
+        evidence = f"without them {comparison.numbers()}"
+        if judges.looks_like_error(0.0):
+            verdict = UNDECIDED
+            said = (
+                f"the shifts ({judges.shift_spread_a:.2g} Å per axis) seem to be errors more than shifts, so "
+                "that their sign cannot be told"
+            )
+        else:
+            verdict, remedy, section = CONTRADICTED, "shift_x_a: 0\nshift_y_a: 0", "set"
+            option = "--set shift_x_a=0 --set shift_y_a=0"
+            said = "the images are centred already, the shifts only move the particles away"
+    return _pose("shift_sign", verdict, f"{said}: {evidence}", comparison, remedy, option, section)
 
 
 def shift_unit_test(judges: Judges, source: Source) -> Test:
     """Are the shifts in the unit they were taken for (Å or pixels, of the image or of a binned one)?"""
+    p = source.pixel_size_a
+    units = {p: f"pixels of {p:.4g} Å, not Å", 1 / p: f"Å, not pixels of {p:.4g} Å"}
 
     def gain_of_shifts(scores: Scores) -> float:
         without = max(score.match for h, score in scores.items() if h.shift_factor == 0)
         return max(score.match for score in scores.values()) - without
 
-    verdict, comparison, evidence = judges.decide(
-        lambda h: h.shift_factor != 1, SHIFT_MARGIN, Judges.shifted, gain_of_shifts
-    )
-    if judges.centred_already():
-        verdict = UNDECIDED
-    factor, p = comparison.hypothesis.shift_factor, source.pixel_size_a
-    why = {p: f"pixels of {p:.4g} Å, not Å", 1 / p: f"Å, not pixels of {p:.4g} Å"}.get(
-        factor, "pixels of images binned otherwise than assumed"
-    )
+    def judged(among: Callable[[Hypothesis], bool]) -> tuple[str, Comparison, str]:
+        return judges.decide(lambda h: h.shift_factor != 1, SHIFT_MARGIN, among, gain_of_shifts)
+
+    verdict, comparison, evidence = judged(Judges.shifted)
+    if comparison.hypothesis.shift_factor not in units and any(
+        h.shift_factor in units for h in judges.halves
+    ):
+        # a unit mistaken is likelier than a binning: it stands unless binning is clearly better
+        likelier = judged(lambda h: h.shift_factor == 1 or h.shift_factor in units)
+        sure = advantage(comparison.alternative, likelier[1].alternative) >= SURE
+        if likelier[0] == verdict == CONTRADICTED and not sure:
+            verdict, comparison, evidence = likelier
+    factor = comparison.hypothesis.shift_factor
+    why = units.get(factor, "pixels of images binned otherwise than assumed")
     said = {
         CONTRADICTED: f"the shifts must be multiplied by {factor:.4g} (they are in {why})",
         CONSISTENT: f"the shifts have the right unit (next best: times {factor:.4g})",
         UNDECIDED: f"the particles do not tell the unit of the shifts (right, or times {factor:.4g})",
     }[verdict]
+    if judges.better_without_shifts() or (verdict == CONTRADICTED and judges.looks_like_error(factor)):
+        verdict = UNDECIDED
+        said = (
+            f"the particles ask for smaller shifts (times {factor:.4g} or so), but so they would if the "
+            f"shifts ({judges.shift_spread_a:.2g} Å per axis) had random errors"
+        )
     scale = source.shift_scale * factor
     return _pose(
         "shift_unit",

@@ -6,6 +6,7 @@ work, so that an alternative must be better both beyond chance and by an amount 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ SURE = 6.0  # standard errors by which the votes must differ
 MARGIN = 0.05  # of the better match: a difference that matters
 SHIFT_MARGIN = 0.04  # of what the shifts bring in all, for their unit: random errors mimic too large shifts
 ZOOM_MARGIN = 0.02  # relative difference of pixel sizes that matters
+LARGEST_SHIFT_ERROR_A = 6.0  # a refinement's random shift errors stay below this, per axis
 SKEWNESS_MARGIN = 0.5
 REFERENCE_FITS = 0.7  # of the match with the particles' own map: less, and it is another map or frame
 
@@ -141,10 +143,14 @@ def compare(scores: Scores, changed: Callable[[Hypothesis], bool]) -> Comparison
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judges:
-    """Scores by the particles' own half maps, and by the reference where one is given and fits."""
+    """Scores by the particles' own half maps, and by the reference where one is given and fits.
+
+    `shift_spread_a` is the root mean square of the shifts per axis.
+    """
 
     halves: Scores
     reference: Scores | None = None
+    shift_spread_a: float = 0.0
 
     @staticmethod
     def shifted(hypothesis: Hypothesis) -> bool:
@@ -160,7 +166,15 @@ class Judges:
         """The half maps' scores of shifts as large as imported, and of none."""
         return {h: score for h, score in self.halves.items() if h.shift_factor in (0, 1)}
 
-    def centred_already(self) -> bool:
+    def looks_like_error(self, factor: float) -> bool:
+        """Whether random errors of a size that refinements make could ask for shifts `factor` times as large.
+
+        Shifts t with errors of variance e² fit best when shrunk by 1 − e²/⟨t²⟩; they never ask for more.
+        """
+        implied = self.shift_spread_a * math.sqrt(max(0.0, 1 - factor))
+        return factor < 1 and implied < LARGEST_SHIFT_ERROR_A
+
+    def better_without_shifts(self) -> bool:
         """Whether the images agree clearly better without the shifts, and not for their unit's sake."""
         control = compare(self.as_large_as_imported(), self.unshifted)
         best = compare(self.halves, self.unshifted)

@@ -63,7 +63,10 @@ def volume_grid(volume: Tensor, padding: int = PADDING, *, gridding_correction: 
 
 
 def grid_volume(grid: Tensor, box_size_px: int, *, gridding_correction: bool = True) -> Tensor:
-    """The `(D, D, D)` density whose padded half spectrum is `grid`: the inverse of `volume_grid`."""
+    """The `(D, D, D)` density of a padded half spectrum, freed from the window that splatting put on it.
+
+    Without the gridding correction it is the inverse of `volume_grid` without.
+    """
     size = grid.shape[0]
     edge = (size - box_size_px) // 2
     inner = slice(edge, edge + box_size_px)
@@ -153,26 +156,30 @@ def complete_splat(grid: Tensor) -> Tensor:
     return complete
 
 
-def resample_volume(
-    volume: Tensor, voxel_size_a: float, box_size_px: int, pixel_size_a: float, padding: int = PADDING
-) -> Tensor:
+def resample_volume(volume: Tensor, voxel_size_a: float, box_size_px: int, pixel_size_a: float) -> Tensor:
     """A density on another grid about the same centre: `(D0, D0, D0)` at `voxel_size_a` → `(D, D, D)`.
 
-    Frequencies that the input does not hold are 0; the grey scale of the density is kept.
+    The transform is evaluated at the new frequencies exactly, one axis after the other. Frequencies that the
+    input does not hold are 0; the grey scale of the density is kept.
     """
-    d = box_size_px
-    k = torch.fft.fftfreq(d, 1 / d).to(volume)
-    kx = torch.arange(d // 2 + 1).to(volume)
-    zoom = volume.shape[0] * voxel_size_a / (d * pixel_size_a)
-    source = volume_grid(volume, padding)
-    planes = []
-    for kz in k:
-        y, x = torch.meshgrid(k, kx, indexing="ij")
-        where = torch.stack([x, y, torch.full_like(x, float(kz))], dim=-1) * zoom
-        planes.append(extract_slices(source, where, padding))
-    inside = [(k[:, None] ** 2 + kx**2 + kz**2) < (d / 2) ** 2 for kz in k]
-    spectrum = torch.stack(planes) * torch.stack(inside)
+    d, d0 = box_size_px, volume.shape[0]
+    if volume.shape != (d0,) * 3 or d0 % 2 or d % 2:
+        raise ValueError(f"a volume must be an even cube, got {tuple(volume.shape)} for a box of {d}")
+    k = torch.fft.fftfreq(d, 1 / d, dtype=torch.float64)
+    kx = torch.arange(d // 2 + 1, dtype=torch.float64)
+    zoom = d0 * voxel_size_a / (d * pixel_size_a)
+    x = torch.arange(d0, dtype=torch.float64) - d0 // 2
+
+    def axis(frequency: Tensor) -> Tensor:
+        held = (frequency * zoom).abs() < d0 / 2
+        phase = torch.exp((-2j * torch.pi / d0) * zoom * frequency[:, None] * x)
+        return (phase * held[:, None]).to(torch.complex64)
+
+    spectrum = volume.float().to(torch.complex64) @ axis(kx).T
+    spectrum = axis(k) @ spectrum
+    spectrum = torch.tensordot(axis(k), spectrum, dims=([1], [0]))
+    inside = k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2 < (d / 2) ** 2
     # each coefficient is a sum over voxels: fewer, larger voxels hold the same density in fewer terms
-    spectrum = spectrum * (voxel_size_a / pixel_size_a) ** 3
+    spectrum = spectrum * inside * (voxel_size_a / pixel_size_a) ** 3
     resampled: Tensor = torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(d,) * 3))
     return resampled
