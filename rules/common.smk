@@ -158,16 +158,19 @@ def preprocess_options(wildcards):
     return options(given, flags)
 
 
-def reference_map(wildcards):
-    reference = dataset_of(wildcards)["reference"]
-    return [local(reference)] if reference else []
+def own_maps(wildcards):
+    """The user's consensus map and mask, if any."""
+    dataset = dataset_of(wildcards)
+    return [local(dataset[key]) for key in ("reference", "mask") if dataset[key]]
 
 
 def consensus_options(wildcards):
     given = settings("consensus", dataset_of(wildcards))
     check = given["check"] or "off"  # YAML reads a bare `off` as false
-    named = options(dataset_of(wildcards), {"reference": "--reference"})
-    return ["--check", check, *named]
+    named = options(
+        dataset_of(wildcards), {"reference": "--reference", "mask": "--mask"}
+    )
+    return ["--check", check, *options(given, {"seed": "--seed"}), *named]
 
 
 # ── Subsets ──

@@ -31,7 +31,7 @@ rule preprocess_images:
 rule reconstruct_consensus:
     input:
         stack="<results>/{dataset}/stack_{box}/stack.json",
-        reference=reference_map,
+        maps=own_maps,
     output:
         map="<results>/{dataset}/consensus_{box}/map.mrc",
         half1="<results>/{dataset}/consensus_{box}/half1.mrc",
@@ -55,5 +55,4 @@ rule reconstruct_consensus:
     message:
         "{wildcards.dataset}: backprojecting two half maps and checking the conventions"
     shell:
-        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q}"
-        " --threads {threads} -o {params.folder:q} &> {log:q}"
+        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q} -o {params.folder:q} &> {log:q}"

@@ -190,6 +190,7 @@ def test_every_command_of_the_workflow_is_one_that_the_verbs_understand(tmp_path
         "set": {"voltage_kv": 300},
         "conventions": {"transpose_rotations": True, "negate_shifts": True, "mirror_hand": True},
         "reference": "r.mrc",
+        "mask": "r.mrc",
         "preprocess": {"mask_radius_a": 80.0, "dtype": "float16"},
         "consensus": {"check": False},
         "subsets": {

@@ -63,6 +63,7 @@ class Consensus(Section):
     check: Literal["stop", "warn", "off", False] = Field(  # YAML reads a bare `off` as false
         "stop", description="what a contradicted convention does: stop, warn or off"
     )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="draws half sets where the source has none")
 
 
 class Train(Section):
@@ -214,6 +215,9 @@ class Dataset(Section):
     conventions: Conventions = Field(Conventions(), description="remedies named by the convention check")
     reference: PathText | None = Field(
         None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
+    )
+    mask: PathText | None = Field(
+        None, description="soft mask (.mrc, in the stack's box) for the FSC; null = from the map"
     )
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())
