@@ -85,7 +85,8 @@ class ConventionCheck:
         lines.append("In config.yaml, under this dataset:")
         for section in dict.fromkeys(test.section for test in wrong if test.remedy):
             lines.append(f"  {section}:")
-            lines += [f"    {test.remedy}" for test in wrong if test.remedy and test.section == section]
+            remedies = [test.remedy for test in wrong if test.remedy and test.section == section]
+            lines += [f"    {line}" for remedy in remedies for line in remedy.splitlines()]
         options = " ".join(test.import_option for test in wrong if test.import_option)
         lines.append(f"or import again with {options}")
         return "\n".join(lines)

@@ -178,7 +178,7 @@ class Ball:
     def half_map_fsc(self, numerator: Points, weight: Points) -> Points:
         """FSC of the two halves of each split, averaged over the splits: `(shells,)`."""
         mean = self.per_shell(weight.sum(axis=0)) / self.per_shell(np.ones(len(self.at)))
-        floor = SMALLEST_WEIGHT * mean[self.shell]
+        floor = SMALLEST_WEIGHT * mean[self.shell] + 1e-30
         curves = []
         for split in SPLITS:
             first, second = (
