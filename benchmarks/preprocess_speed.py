@@ -4,7 +4,7 @@
 
 Makes a float32 set, then measures (a) reading every image in file order and one real 2-D FFT of each, with
 the same FFT library and threads, and (b) `preprocess` to each box, both with the files in the page
-cache, alternating and taking the best of some rounds. CPU time
+cache, alternating and taking the median of some rounds. CPU time
 is what counts on a machine that others use too. With --memory it compares the peak resident memory at N
 and 4 N particles.
 """
@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -45,9 +46,9 @@ def measured(call: Callable[[], None]) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def best(rounds: list[Seconds]) -> Seconds:
-    """The least wall and the least processor time of some rounds."""
-    return Seconds(min(one.wall for one in rounds), min(one.cpu for one in rounds))
+def middle(rounds: list[Seconds]) -> Seconds:
+    """The median wall and processor time: the least would favour short runs on a machine others use too."""
+    return Seconds(median(one.wall for one in rounds), median(one.cpu for one in rounds))
 
 
 def make_set(folder: Path, n: int, box: int, stacks: int) -> Path:
@@ -101,7 +102,6 @@ def run_preprocess(imported: Path, output: Path, box: int, dtype: str, threads: 
     """One whole `preprocess` call, files on disk included."""
     from cryodrgn_pipeline.preprocess import PreprocessSettings, preprocess
 
-    shutil.rmtree(output, ignore_errors=True)
     preprocess(imported, output, PreprocessSettings(box_size_px=box, dtype=dtype), threads=threads)
 
 
@@ -140,13 +140,17 @@ def main() -> None:
         floors.append(measured(lambda: read_and_transform(imported, options.threads)))
         for case in cases:
             call = partial(run_preprocess, imported, folder / "stack", *case, options.threads)
+            shutil.rmtree(folder / "stack", ignore_errors=True)  # else it would be found and kept
             taken[case].append(measured(call))
-    floor = best(floors)
-    print(f"{n} images of {options.box_size} px, {options.threads} threads, best of {options.rounds} rounds")
+    floor = middle(floors)
+    print(
+        f"{n} images of {options.box_size} px, {options.threads} threads, median of {options.rounds} rounds"
+    )
+    print(f"load average {os.getloadavg()[0]:.1f}")
     print("| | wall s | CPU s | wall ratio | CPU ratio |\n|---|---|---|---|---|")
     print(f"| read + rfft2 of every image | {floor.wall:.2f} | {floor.cpu:.2f} | 1 | 1 |")
     for (to, dtype), rounds in taken.items():
-        one = best(rounds)
+        one = middle(rounds)
         ratios = f"{one.wall / floor.wall:.2f} | {one.cpu / floor.cpu:.2f}"
         print(f"| preprocess to {to} px, {dtype} | {one.wall:.2f} | {one.cpu:.2f} | {ratios} |")
     if options.memory:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Partial = dict[int, NoiseEstimate]
 
-NOISE_IMAGES_PER_GROUP = 1000
+NOISE_IMAGES_PER_GROUP = 500
 MASK_EDGE = 0.05  # of the box: width of the soft edge of the real-space mask
 FLOAT16_LARGEST = 65504.0
 BACKGROUND_LEVEL_WORTH_A_WORD = 0.5  # in standard deviations of the background

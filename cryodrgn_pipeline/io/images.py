@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +23,6 @@ CHUNK_BYTES = 64 * 2**20
 WORK_BATCH = 32  # images one thread works on at a time: small enough for its cache
 
 Extra = TypeVar("Extra")
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images of one box size: `images` is `(n, D₀, D₀)`, `positions` their places in the rows asked for."""
-
-    positions: NDArray[np.int64]
-    images: NDArray[np.float32]
 
 
 class ParticleImages:
@@ -53,6 +46,7 @@ class ParticleImages:
         self._refs = particles.images
         self._headers: dict[int, list[MrcHeader]] = {}
         self._open: OrderedDict[Path, MrcImages] = OrderedDict()
+        self._lock = threading.Lock()
         used = np.unique(self._refs.stack)
         largest = np.full(len(self._refs.stack_paths), -1)
         np.maximum.at(largest, self._refs.stack, self._refs.index)
@@ -101,28 +95,22 @@ class ParticleImages:
         """As many images as make a read of about 64 MiB, at least 16."""
         return max(16, int(CHUNK_BYTES // (int(self.box_size_px.max()) ** 2 * 4)))
 
-    def buffer(self, chunk_size: int) -> NDArray[np.float32]:
-        """Memory for `chunk_size` of the largest images, to be reused between reads."""
-        return np.empty(chunk_size * int(self.box_size_px.max()) ** 2, dtype=np.float32)
-
-    def read(self, rows: NDArray[np.int64], buffer: NDArray[np.float32]) -> list[Batch]:
-        """The images of the given rows, sorted by box size, stack and number so that disks like it.
-
-        The images lie in `buffer` and are overwritten when it is used again.
-        """
+    def parts(self, rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+        """Positions in `rows`, at most `size` to a part: one box in a part, ordered as the disk has them."""
         stack, index, box = self._refs.stack[rows], self._refs.index[rows], self.box_size_px[rows]
         order = np.lexsort((index, stack, box))
-        batches, used = [], 0
-        for size in np.unique(box):
-            positions = order[box[order] == size]
-            room = len(positions) * size * size
-            images = buffer[used : used + room].reshape(len(positions), size, size)
-            used += room
-            for this in np.unique(stack[positions]):
-                here = np.flatnonzero(stack[positions] == this)  # contiguous, because sorted
-                self._read_stack(int(this), index[positions[here]], images[here[0] : here[-1] + 1])
-            batches.append(Batch(positions, images))
-        return batches
+        runs = np.split(order, np.flatnonzero(np.diff(box[order])) + 1)
+        return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+    def read(self, rows: NDArray[np.int64], memory: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The images of one part's rows: `(n, D₀, D₀)` in `memory` (flat), overwritten by the next read."""
+        d = int(self.box_size_px[rows[0]])
+        images = memory[: len(rows) * d * d].reshape(len(rows), d, d)
+        stack = self._refs.stack[rows]
+        cuts = [0, *(np.flatnonzero(np.diff(stack)) + 1), len(rows)]
+        for start, stop in pairwise(cuts):
+            self._read_stack(int(stack[start]), self._refs.index[rows[start:stop]], images[start:stop])
+        return images
 
     def _read_stack(self, stack: int, index: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         ends = np.cumsum([header.n_images for header in self._headers[stack]])
@@ -134,12 +122,13 @@ class ParticleImages:
             images.read_into(index[chosen] - before, out[chosen[0] : chosen[-1] + 1])
 
     def _opened(self, path: Path) -> MrcImages:
-        if path not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            self._open[path] = MrcImages(path)
-        self._open.move_to_end(path)
-        return self._open[path]
+        with self._lock:
+            if path not in self._open:
+                if len(self._open) >= OPEN_FILES:
+                    self._open.popitem(last=False)  # closes itself when no thread reads it any more
+                self._open[path] = MrcImages(path)
+            self._open.move_to_end(path)
+            return self._open[path]
 
     def close(self) -> None:
         """Close all files."""
@@ -159,8 +148,8 @@ def stream(
 ) -> None:
     """Read, work on and write all particles' images in chunks; disk and arithmetic overlap.
 
-    Every thread works on a few images at a time by itself: no thread waits for another within an image, which
-    on a machine that others use as well costs more than the arithmetic.
+    Every thread reads a few images and works on them by itself, while they are in its cache. No thread waits
+    for another within an image, which on a machine that others use as well costs more than the arithmetic.
 
     Parameters
     ----------
@@ -169,11 +158,11 @@ def stream(
     box_size_px
         The box D of the results.
     chunk_size, threads
-        Images read at once (default about 64 MiB; memory holds two chunks) and working threads (default all
-        cores the process may use).
+        Images between two writes (default about 64 MiB; memory holds the results of two chunks) and working
+        threads (default all cores the process may use).
     work
-        Called in the threads with k rows and their `(k, D₀, D₀)` images; gives `(k, D, D)` results and
-        something for `collect`.
+        Called in the threads with k rows and their `(k, D₀, D₀)` images, which it must not keep; gives
+        `(k, D, D)` results and something for `collect`.
     collect
         Called in row order with the rows of a chunk, its results and all that `work` gave for it.
     write
@@ -182,39 +171,41 @@ def stream(
     n = len(images.box_size_px)
     size = min(chunk_size or images.chunk_size(), n)
     chunks = [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
-    buffers = [images.buffer(size) for _ in range(2)]
     results = [np.empty((size, box_size_px, box_size_px), dtype=np.float32) for _ in range(2)]
     workers = threads or len(os.sched_getaffinity(0))
-    with (
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(workers, initializer=_compute_alone) as pool,
-    ):
+    largest = int(images.box_size_px.max())
+    mine = threading.local()
 
-        def part(rows: NDArray[np.int64], batch: Batch, start: int, result: NDArray[np.float32]) -> Extra:
-            places = batch.positions[start : start + WORK_BATCH]
-            done, extra = work(rows[places], batch.images[start : start + WORK_BATCH])
-            result[places] = done
-            return extra
+    def work_on(rows: NDArray[np.int64], places: NDArray[np.int64], result: NDArray[np.float32]) -> Extra:
+        if not hasattr(mine, "memory"):
+            _compute_alone()
+            mine.memory = np.empty(WORK_BATCH * largest**2, dtype=np.float32)
+        done, extra = work(rows[places], images.read(rows[places], mine.memory))
+        result[places] = done
+        return extra
 
-        coming = reader.submit(images.read, chunks[0], buffers[0])
-        going: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(workers) as pool:
+        writes: list[Future[None]] = []
+
+        def start(number: int) -> list[Future[Extra]]:
+            if number >= 2:
+                writes[number - 2].result()  # its memory is used again
+            rows = chunks[number]
+            parts = images.parts(rows, WORK_BATCH)
+            return [pool.submit(work_on, rows, places, results[number % 2]) for places in parts]
+
+        coming = start(0)
         for number, rows in enumerate(chunks):
-            batches = coming.result()
-            if number + 1 < len(chunks):
-                coming = reader.submit(images.read, chunks[number + 1], buffers[(number + 1) % 2])
+            running, coming = coming, start(number + 1) if number + 1 < len(chunks) else []
             result = results[number % 2][: len(rows)]
-            parts = [
-                pool.submit(part, rows, batch, start, result)
-                for batch in batches
-                for start in range(0, len(batch.images), WORK_BATCH)
-            ]
-            collect(rows, result, [one.result() for one in parts])
-            if going is not None:
-                going.result()
-            going = writer.submit(write, result)
-        if going is not None:
-            going.result()
+            try:
+                collect(rows, result, [one.result() for one in running])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            writes.append(writer.submit(write, result))
+        for one in writes:
+            one.result()
 
 
 def _compute_alone() -> None:
