@@ -172,9 +172,9 @@ def test_a_missing_file_is_answered_with_the_verb_that_writes_one(tmp_path: Path
 
 def test_files_of_the_user_that_do_not_exist_are_listed(tmp_path: Path) -> None:
     (tmp_path / "p.star").touch()
-    content = {"particles": "p.star", "reference": "map.mrc", "subsets": {"few": {"ids": "few.txt"}}}
+    content = {"particles": "p.star", "mask": "map.mrc", "subsets": {"few": {"ids": "few.txt"}}}
     missing = missing_files(Config.model_validate({"datasets": {"mine": content}}), tmp_path)
     assert [line.split(" in ")[0] for line in missing] == [
-        "datasets.mine.reference: no map.mrc",
+        "datasets.mine.mask: no map.mrc",
         "datasets.mine.subsets.few.ids: no few.txt",
     ]

@@ -69,6 +69,7 @@ def missing_files(config: Config, directory: Path) -> list[str]:
         named = [
             ("particles", dataset.particles),
             ("reference", dataset.reference),
+            ("mask", dataset.mask),
             ("datadir", dataset.datadir),
         ]
         named += [("passthrough", path) for path in dataset.passthrough]
