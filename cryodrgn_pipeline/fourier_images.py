@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cryodrgn_pipeline.stack import Stack
 
 CHUNK_BYTES = 32 * 2**20
+SMALLEST_NOISE = 1e-3  # of the median over the shells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +60,11 @@ def noise_weights(noise: dict[int, NDArray[np.float64]], plane: HalfPlane) -> tu
     table = np.empty((len(rows), len(plane)))
     for group, row in rows.items():
         power = noise[group]
+        # images that were low-passed hold next to nothing at high shells: no weight without bound for those
+        power = np.maximum(power, SMALLEST_NOISE * np.median(power))
         table[row] = np.interp(radius, np.arange(len(power)), power)
     if not np.isfinite(table).all() or (table <= 0).any():
-        raise ValueError("a noise spectrum holds values that are not positive numbers")
+        raise ValueError("a noise spectrum holds values that are not positive numbers; make the stack again")
     weight = 1 / table
     return torch.from_numpy(weight / weight.mean()).float(), rows
 

@@ -142,8 +142,15 @@ def test_noise_weights_follow_the_spectrum_of_each_group() -> None:
     ratio = weight[0] / weight[1]
     assert float(ratio[plane.radius == 1][0]) == pytest.approx(2)
     assert float(ratio[plane.radius == 3][0]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="not positive"):
-        noise_weights({1: np.array([1.0, 0.0, 0.0, 0.0, 0.0])}, plane)
+    for wrong in (np.zeros(5), np.array([1.0, np.nan, 1, 1, 1])):
+        with pytest.raises(ValueError, match="not positive"):
+            noise_weights({1: wrong}, plane)
+
+
+def test_shells_without_noise_get_no_boundless_weight() -> None:
+    plane = half_plane(12, 5)
+    weight, _ = noise_weights({1: np.array([1.0, 1, 1, 1, 1, 1e-12, 0])}, plane)
+    assert float(weight.max() / weight.min()) == pytest.approx(1e3, rel=1e-3)
 
 
 def some_particles(ids: list[str], half_set: list[int] | None) -> ParticleSet:
