@@ -236,12 +236,16 @@ def _mask_on_grid(path: Path, box_size_px: int) -> Tensor:
 
 
 def _speak(tested: ConventionCheck, check: str, output: Path) -> None:
+    stop = tested.verdict == "contradicted" and check == "stop"
+    names_by_words: dict[tuple[str, str], list[str]] = {}
     for test in tested.tests:
-        level = logging.WARNING if test.verdict == "contradicted" else logging.INFO
-        log.log(
-            level, "convention check, %s: %s. %s", test.name, test.verdict.replace("_", " "), test.statement
-        )
-    if tested.verdict == "contradicted" and check == "stop":
+        names_by_words.setdefault((test.verdict, test.statement), []).append(test.name)
+    for (verdict, statement), names in names_by_words.items():
+        if verdict == "contradicted" and stop:
+            continue  # the error says it
+        level = logging.WARNING if verdict == "contradicted" else logging.INFO
+        log.log(level, "%s: %s. %s", ", ".join(names), verdict.replace("_", " "), statement)
+    if stop:
         raise ConventionError(
-            f"{tested.message()}\nThe maps as imported are in {output}; go on regardless: --check warn"
+            f"{tested.message()}\nThe maps as imported are in {output}; to go on regardless: --check warn"
         )

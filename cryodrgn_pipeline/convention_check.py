@@ -88,7 +88,7 @@ class ConventionCheck:
             remedies = [test.remedy for test in wrong if test.remedy and test.section == section]
             lines += [f"    {line}" for remedy in remedies for line in remedy.splitlines()]
         options = " ".join(test.import_option for test in wrong if test.import_option)
-        lines.append(f"or import again with {options}")
+        lines.append(f"or import again with: {options}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:

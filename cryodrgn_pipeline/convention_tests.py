@@ -40,7 +40,7 @@ def rotation_test(judges: Judges, source: Source) -> Test:
         f"{said}: {evidence}",
         comparison,
         f"transpose_rotations: {value}",
-        "--transpose-rotations" if not source.transpose_rotations else "no --transpose-rotations",
+        "--transpose-rotations" if not source.transpose_rotations else "(without --transpose-rotations)",
     )
 
 
@@ -49,7 +49,7 @@ def shift_sign_test(judges: Judges, source: Source) -> Test:
     verdict, comparison, evidence = judges.decide(lambda h: h.negate, MARGIN / 2, Judges.shifted)
     value = _yaml(not source.negate_shifts)
     remedy, section = f"negate_shifts: {value}", "conventions"
-    option = "--negate-shifts" if not source.negate_shifts else "no --negate-shifts"
+    option = "--negate-shifts" if not source.negate_shifts else "(without --negate-shifts)"
     said = {
         CONTRADICTED: "the shifts have the opposite sign (they tell where the particle is)",
         CONSISTENT: "the shifts have the right sign",
@@ -210,7 +210,7 @@ def hand_test(scores: Scores | None, why_not: str, source: Source) -> Test:
         score_alternative=comparison.alternative.match,
         remedy=f"mirror_hand: {_yaml(value)}" if wrong else None,
         section="conventions" if wrong else None,
-        import_option=("--mirror-hand" if value else "no --mirror-hand") if wrong else None,
+        import_option=("--mirror-hand" if value else "(without --mirror-hand)") if wrong else None,
     )
 
 
