@@ -19,6 +19,7 @@ from cryodrgn_pipeline.conventions import (
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.importing import PARTICLES, read_info
 from cryodrgn_pipeline.io import cs, star
+from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.tables import read_extra, read_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
 from cryodrgn_pipeline.sources.relion import source_ids
@@ -69,7 +70,10 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
     if source.exists() and output.exists() and source.samefile(output):
         raise ConfigError(f"-o {output} is the file the particles were imported from; choose another name")
     ids = read_extra(import_dir / PARTICLES, ["particle_id"])["particle_id"]
-    keep = np.ones(len(ids), dtype=bool) if subset is None else _chosen(ids, subset)
+    keep = np.ones(len(ids), dtype=bool)
+    if subset is not None:
+        keep[:] = False
+        keep[read_id_rows(subset, ids, f"the import {import_dir}")] = True
     if info["source"]["kind"] != kind:
         particles = _with_source_paths(read_particles(import_dir), info).take(keep)
         (write_cs if kind == "cs" else write_star)(particles, output)
@@ -79,34 +83,6 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
         files = _write_masked(info, source, ids[keep], output)
     log.info("%d of %d particles written to %s", int(keep.sum()), len(ids), output)
     return Exported(files=tuple(files), particles=int(keep.sum()))
-
-
-def _chosen(ids: NDArray[Any], subset: Path) -> NDArray[np.bool_]:
-    """Which of the ids a subset file names."""
-    try:
-        lines = subset.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputFormatError(f"{subset}: no such subset file") from error
-    except UnicodeDecodeError as error:
-        raise InputFormatError(f"{subset}: not a text file with one particle id per line") from error
-    wanted = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not wanted:
-        raise InputFormatError(f"{subset}: names no particle; expected one particle id per line")
-    numeric = ids.dtype.kind == "u"
-    bad = [text for text in wanted if numeric and not (text.isdecimal() and int(text) < 2**64)]
-    if bad:
-        raise InputFormatError(
-            f"{subset}: {len(bad)} of {len(wanted)} lines are no cryoSPARC uid, such as {bad[0]!r}"
-        )
-    names = np.array([int(text) for text in wanted], dtype=np.uint64) if numeric else np.array(wanted, object)
-    known = _is_in(names, ids)
-    if not known.all():
-        examples = ", ".join(str(name) for name in names[~known][:EXAMPLES])
-        raise InputFormatError(
-            f"{subset}: {int((~known).sum())} of {len(names)} ids are not among the {len(ids)} imported "
-            f"particles, such as {examples}; is it a subset of another import?"
-        )
-    return _is_in(ids, names)
 
 
 def _is_in(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.bool_]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,10 +22,11 @@ from cryodrgn_pipeline.fourier.density import (
     mirror,
     solvent_level,
 )
-from cryodrgn_pipeline.io.atomic import replacing, replacing_directory
+from cryodrgn_pipeline.io.atomic import replacing_directory
 from cryodrgn_pipeline.io.checkpoints import TrainedModel, load_model
 from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.mrc import write_volume
+from cryodrgn_pipeline.io.runs import read_latents, read_z, write_columns
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
 from cryodrgn_pipeline.landscape.embed import principal_components
 from cryodrgn_pipeline.landscape.traverse import pc_traversal
@@ -103,8 +102,11 @@ def decode_volumes(
     """
     model = load_model(run, device)
     _check(options, model)
-    if z.shape[1] != model.vae.config.latent_dim:
-        raise ConfigError(f"z has {z.shape[1]} columns, the model of {run} has {model.vae.config.latent_dim}")
+    if not len(z) or not np.isfinite(z).all() or z.shape[1] != model.vae.config.latent_dim:
+        raise InputFormatError(
+            f"z holds {len(z)} rows of {z.shape[1]} numbers, {int((~np.isfinite(z)).sum())} of them not "
+            f"finite; the model of {run} expects rows of {model.vae.config.latent_dim} finite numbers"
+        )
     names = [f"vol_{i:03d}.mrc" for i in range(len(z))]
     with (
         replacing_directory(output, ours=OURS) as folder,
@@ -115,46 +117,9 @@ def decode_volumes(
             label = "decoded at z " + " ".join(f"{value:.2g}" for value in latent)
             write_volume(folder / name, density.numpy(), voxel_size_a, label)
             advance(1)
-        columns = {"path": pa.array(names)}
-        columns |= {f"z_{j}": pa.array(z[:, j].astype(np.float32)) for j in range(z.shape[1])}
-        with replacing(folder / "volumes.parquet") as temporary:
-            pq.write_table(pa.table(columns), temporary)
+        columns = {f"z_{j}": z[:, j].astype(np.float32) for j in range(z.shape[1])}
+        write_columns(folder / "volumes.parquet", {"path": names, **columns})
     return [output / name for name in names]
-
-
-def read_latents(run: Path) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Particle ids `(N,)` and latents `(N, z)` of a run; `InputFormatError` where there are none."""
-    path = run / "latent.parquet"
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise InputFormatError(f"{path}: no such file. Expected the output of a finished `train`.") from None
-    except pa.ArrowInvalid as error:
-        raise InputFormatError(f"{path}: not a Parquet table ({error}). Train again.") from error
-    names = [name for name in table.column_names if name.startswith("z_")]
-    z = np.stack([table[name].to_numpy() for name in names], axis=1)
-    return table["particle_id"].to_numpy(), z
-
-
-def read_z_table(path: Path) -> NDArray[np.float32]:
-    """Latents `(n, z)` from a csv with the header `z_0,z_1,…`, one volume per row."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise InputFormatError(f"{path}: no such file. Expected a csv with the header z_0,z_1,…") from None
-    header = [name.strip() for name in lines[0].split(",")] if lines else []
-    if not header or header != [f"z_{j}" for j in range(len(header))]:
-        raise InputFormatError(f"{path}: the header is {','.join(header)!r}, expected z_0,z_1,…")
-    try:
-        z = np.array([[float(word) for word in line.split(",")] for line in lines[1:]], dtype=np.float32)
-    except ValueError as error:
-        raise InputFormatError(f"{path}: {error}. Expected {len(header)} numbers in each row.") from error
-    if z.ndim != 2 or z.shape[1] != len(header) or not np.isfinite(z).all():
-        raise InputFormatError(
-            f"{path}: {len(lines) - 1} rows that are not all {len(header)} finite numbers. "
-            "Expected one volume a row."
-        )
-    return z
 
 
 def latents_for(
@@ -179,12 +144,13 @@ def latents_for(
     if sum(way is not None for way in chosen) != 1:
         raise ConfigError("give exactly one of --z, --kmeans, --ids and --pc")
     if z_table is not None:
-        return read_z_table(z_table)
-    particle_id, z = read_latents(run)
+        return read_z(z_table).astype(np.float32)
+    latents = read_latents(run)
+    z = latents.z
     if kmeans is not None:
         return kmeans_centers(z, kmeans, seed)[0]
     if ids is not None:
-        rows = read_id_rows(ids, particle_id, f"the run {run}")
+        rows = read_id_rows(ids, latents.particle_id, f"the run {run}")
         mean: NDArray[np.float32] = z[rows].mean(axis=0, keepdims=True)
         return mean
     components = principal_components(z)

@@ -252,6 +252,7 @@ def train_options(wildcards):
         "positional_encoding": "--positional-encoding",
         "domain": "--domain",
         "mask_radius": "--mask-radius",
+        "encoder_input": "--encoder-input",
         "encoder_mask_radius": "--encoder-mask-radius",
         "coordinate_fraction": "--coordinate-fraction",
         "held_out_fraction": "--held-out-fraction",

@@ -115,7 +115,7 @@ def test_a_chosen_class_exports_its_own_particles_only(tmp_path: Path) -> None:
     [
         (
             ["000001@stack.mrcs", "x@y", "9@z"],
-            r"2 of 3 ids are not among the 4 imported particles, such as x@y",
+            r"2 of 3 ids are not among the 4 particles of the import .*, such as x@y",
         ),
         ([], "names no particle"),
     ],
@@ -137,7 +137,7 @@ def test_lines_that_are_no_uid_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_subset_file_and_another_suffix_are_refused(tmp_path: Path) -> None:
     import_particles(write_relion(tmp_path / "p.star"), tmp_path / "import", METADATA_ONLY)
-    with pytest.raises(InputFormatError, match="no such subset file"):
+    with pytest.raises(InputFormatError, match="no such id file"):
         export_particles(tmp_path / "import", tmp_path / "out.star", tmp_path / "none.txt")
     with pytest.raises(ConfigError, match=r"\.star \(RELION\) or \.cs"):
         export_particles(tmp_path / "import", tmp_path / "out.csv")

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.io.ids import write_ids
+from cryodrgn_pipeline.io.ids import read_ids, write_ids
 from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
 from cryodrgn_pipeline.landscape.expression import evaluate_condition
-from cryodrgn_pipeline.landscape.select import Selection, read_ids, select_particles
+from cryodrgn_pipeline.landscape.select import Selection, select_particles
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_uint64_ids_survive_beyond_the_precision_of_a_float(tmp_path: Path):
     assert (tmp_path / "one.txt").read_text() == f"{wanted}\n"
     assert selected(tmp_path, id_files=(tmp_path / "one.txt",)) == [wanted]
     (tmp_path / "star.txt").write_text("000001@a.mrcs\n")
-    with pytest.raises(InputFormatError, match="is no cryoSPARC uid"):
+    with pytest.raises(InputFormatError, match="are no cryoSPARC uid"):
         read_ids(tmp_path / "star.txt", latent["particle_id"].to_numpy())
 
 

@@ -49,14 +49,16 @@ def request_for(tiny_set, tmp_path):
     return make
 
 
-def trainer_on(stack: Path, settings: TrainingSettings = SETTINGS, state=None, **data_options) -> Trainer:
+def trainer_on(
+    stack: Path, settings: TrainingSettings = SETTINGS, state=None, model: VaeConfig = MODEL, **data_options
+) -> Trainer:
     opened = Stack.open(stack)
     rows = np.arange(len(opened))
     cpu = torch.device("cpu")
     options = {"in_memory": True, "device": cpu} | data_options
-    data = TrainingData(opened, rows, MODEL.plane(), **options)
+    data = TrainingData(opened, rows, model, **options)
     return Trainer(
-        Vae(MODEL),
+        Vae(model),
         data,
         settings,
         train_rows=rows[:80],
@@ -165,7 +167,7 @@ def test_a_subset_trains_and_reports_its_particles_only(request_for, tiny_set, t
 
 def test_an_id_that_is_not_in_the_stack_is_refused(request_for, tmp_path):
     (tmp_path / "ids.txt").write_text("7@nowhere.mrcs\n")
-    with pytest.raises(InputFormatError, match=r"1 of 1 ids are not in the stack .*7@nowhere"):
+    with pytest.raises(InputFormatError, match=r"1 of 1 ids are not among .* stack .*7@nowhere"):
         train_vae(request_for(subset=tmp_path / "ids.txt"))
 
 
@@ -180,12 +182,38 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_batch(tiny_set):
     assert not saved
 
 
-def test_images_from_memory_and_from_disk_are_the_same(tiny_set):
-    rows = np.array([5, 90, 31])
-    kept = trainer_on(tiny_set / "stack").data.batch(rows)
-    read = trainer_on(tiny_set / "stack", in_memory=False).data.batch(rows)
+@pytest.mark.parametrize("encoder_input", ["aligned", "image"])
+def test_images_from_memory_and_from_disk_are_the_same(tiny_set, encoder_input):
+    rows, model = np.array([5, 90, 31]), replace(MODEL, encoder_input=encoder_input)
+    kept = trainer_on(tiny_set / "stack", model=model).data.batch(rows)
+    read = trainer_on(tiny_set / "stack", model=model, in_memory=False).data.batch(rows)
     torch.testing.assert_close(kept.coefficients, read.coefficients)
+    torch.testing.assert_close(kept.flipped, read.flipped)
     assert torch.equal(kept.ctf, read.ctf)
+
+
+def test_the_encoder_reads_phase_flipped_low_frequencies(tiny_set):
+    model = replace(MODEL, encoder_input="image", encoder_mask_radius=0.5)
+    data = trainer_on(tiny_set / "stack", model=model).data
+    batch, inner = data.batch(np.arange(9)), data.plane.radius <= 4
+    expected = (batch.coefficients * batch.ctf.sign())[:, inner]
+    torch.testing.assert_close(batch.flipped, expected)
+
+
+def test_the_encoder_sees_the_same_aligned_image_however_it_lay_in_its_plane(tmp_path):
+    """One particle recorded at four in-plane angles, each with its pose and an astigmatic CTF that stays."""
+    stack = write_turned_stack(tmp_path / "stack", angles_deg=[0.0, 35.0, 100.0, 250.0])
+    model = replace(MODEL, box_size_px=32, encoder_mask_radius=0.5)
+    data = TrainingData(stack, np.arange(4), model, in_memory=True, device=torch.device("cpu"))
+    flipped = data.batch(np.arange(4)).flipped
+    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    assert spread.max() < 0.01
+    as_they_are = TrainingData(
+        stack, np.arange(4), replace(model, encoder_input="image"), in_memory=True, device=torch.device("cpu")
+    )
+    flipped = as_they_are.batch(np.arange(4)).flipped
+    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    assert spread[1:].min() > 0.1
 
 
 def test_coefficients_are_normalised_by_one_sigma_that_a_resume_keeps(tiny_set):
@@ -226,7 +254,7 @@ def test_the_pieced_gradient_is_that_of_the_written_loss(tiny_set):
     trainer._step(batch)
     ours = [p.grad.clone() for p in trainer.vae.parameters()]
     fresh = trainer_on(tiny_set / "stack")
-    mean, log_variance = fresh.vae.encode(batch.coefficients, batch.ctf)
+    mean, log_variance = fresh.vae.encode(batch.flipped)
     noise = torch.randn(mean.shape, generator=_draws_after(len(trainer.data.plane), skip=False))
     z = mean + noise * torch.exp(0.5 * log_variance)
     everything = slice(None)

@@ -41,6 +41,9 @@ def train(
         float | None,
         typer.Option(help="Disc of frequencies that the encoder reads; default: that of the loss."),
     ] = None,
+    encoder_input: Annotated[
+        str, typer.Option(help="aligned: images turned so that the in-plane angle is 0; image: as they are.")
+    ] = "aligned",
     coordinate_fraction: Annotated[
         float,
         typer.Option(
@@ -117,6 +120,7 @@ def train(
             domain=domain,
             mask_radius=mask_radius,
             encoder_mask_radius=encoder_mask_radius,
+            encoder_input=encoder_input,
             seed=seed,
         )
     except ValueError as error:

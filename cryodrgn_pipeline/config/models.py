@@ -91,6 +91,9 @@ class Train(Section):
     encoder_mask_radius: Fraction | None = Field(
         None, description="disc of frequencies that the encoder reads; null = that of the loss"
     )
+    encoder_input: Literal["aligned", "image"] = Field(
+        "aligned", description="images turned to in-plane angle 0 for the encoder, or as they are"
+    )
     coordinate_fraction: Fraction = Field(
         1.0, description="random part of the frequencies used per step; below 1 is faster"
     )

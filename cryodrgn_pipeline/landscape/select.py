@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.io.ids import read_ids
 from cryodrgn_pipeline.io.runs import Columns, read_columns, read_latents
 from cryodrgn_pipeline.landscape.expression import evaluate_condition, unknown_column
 
@@ -71,32 +72,6 @@ def select_particles(run: Path, selection: Selection) -> tuple[NDArray[Any], int
         reasons = "; ".join(account) or "no condition"
         raise InputFormatError(f"{run}: none of {len(ids)} particles selected ({reasons})")
     return ids[kept], len(ids)
-
-
-def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:
-    """Read an id file as an array of the same kind of id as `like` (uint64 or str), blank lines ignored.
-
-    Raises
-    ------
-    InputFormatError
-        If the file is missing, empty, or an id is no number where numbers are needed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputFormatError(f"{path}: no such id file; one particle id per line expected")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    words = [line for line in lines if line]
-    if not words:
-        raise InputFormatError(f"{path}: no ids in {len(lines)} lines, one particle id per line expected")
-    if like.dtype.kind != "u":
-        return np.array(words, dtype=object)
-    try:
-        return np.array([int(word) for word in words], dtype=np.uint64)
-    except (ValueError, OverflowError) as error:
-        wrong = next(word for word in words if not word.isdecimal())
-        raise InputFormatError(
-            f"{path}: {wrong[:60]!r} is no cryoSPARC uid; this run's ids are numbers such as {like[0]}"
-        ) from error
 
 
 def run_columns(run: Path) -> Columns:

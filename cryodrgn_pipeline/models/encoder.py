@@ -22,7 +22,6 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, n_half_plane: int, latent_dim: int, *, width: int, depth: int, residual: bool) -> None:
         super().__init__()
-        self.n_half_plane = n_half_plane
         self.first = nn.Linear(2 * n_half_plane, width)
         self.hidden = HiddenLayers(width, depth, residual=residual)
         self.last = nn.Linear(width, 2 * latent_dim)

@@ -18,7 +18,8 @@ class VaeConfig:
     """Everything that fixes the architecture; it is stored with the weights.
 
     `mask_radius` and `encoder_mask_radius` (default: the same) are the discs of frequencies that the loss
-    and the encoder see, as fractions of Nyquist.
+    and the encoder see, as fractions of Nyquist. `encoder_input`: the image as it is, or turned in its plane
+    so that the known in-plane angle is 0 ("aligned") and the encoder need not learn what a turn does.
     """
 
     box_size_px: int
@@ -33,6 +34,7 @@ class VaeConfig:
     domain: str = "fourier"
     mask_radius: float = 1.0
     encoder_mask_radius: float | None = None
+    encoder_input: str = "aligned"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class VaeConfig:
             )
         if self.domain not in ("fourier", "hartley"):
             raise ValueError(f"domain {self.domain!r} is neither 'fourier' nor 'hartley'")
+        if self.encoder_input not in ("image", "aligned"):
+            raise ValueError(f"encoder input {self.encoder_input!r} is neither 'image' nor 'aligned'")
         if not 0 < self.mask_radius <= 1:
             raise ValueError(f"the mask radius is a fraction of Nyquist in (0, 1], got {self.mask_radius}")
         if self.encoder_mask_radius is not None and not 0 < self.encoder_mask_radius <= self.mask_radius:
@@ -57,10 +61,10 @@ class VaeConfig:
         """The half-plane frequencies of the loss: the disc without DC, by rising |k|."""
         return half_plane(self.box_size_px, self.mask_radius * self.box_size_px / 2)
 
-    def n_encoder_points(self) -> int:
-        """How many of the half plane's first points the encoder reads."""
+    def encoder_plane(self) -> HalfPlane:
+        """The half-plane frequencies that the encoder reads: the first ones of `plane`."""
         radius = self.mask_radius if self.encoder_mask_radius is None else self.encoder_mask_radius
-        return len(half_plane(self.box_size_px, radius * self.box_size_px / 2))
+        return half_plane(self.box_size_px, radius * self.box_size_px / 2)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -77,7 +81,7 @@ class Vae(nn.Module):
         torch.manual_seed(config.seed)  # layers draw their start from the global generator
         generator = torch.Generator().manual_seed(config.seed)
         self.encoder = ImageEncoder(
-            config.n_encoder_points(),
+            len(config.encoder_plane()),
             config.latent_dim,
             width=config.encoder_width,
             depth=config.encoder_layers,
@@ -95,10 +99,8 @@ class Vae(nn.Module):
         )
         torch.random.set_rng_state(state)
 
-    def encode(self, coefficients: Tensor, ctf: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of z from `(B, P)` complex coefficients, phase-flipped by sign(CTF)."""
-        seen = slice(self.encoder.n_half_plane)  # low frequencies come first
-        flipped = coefficients[:, seen] * torch.where(ctf[:, seen] < 0, -1.0, 1.0)
+    def encode(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of z from `(B, P)` complex phase-flipped coefficients at `encoder_plane`."""
         mean, log_variance = self.encoder(flipped)
         return mean, log_variance
 

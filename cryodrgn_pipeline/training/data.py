@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.fourier.ctf import ctf
+from cryodrgn_pipeline.fourier.rotate import coefficients_at, in_plane_angle, turned_half_plane
 from cryodrgn_pipeline.fourier.slices import slice_coordinates
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
+from cryodrgn_pipeline.models.vae import VaeConfig
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.stack import Stack
 
@@ -34,6 +36,7 @@ class Batch:
     rows: NDArray[np.int64]
     coefficients: Tensor  # (B, P) complex64, divided by the normalisation σ
     ctf: Tensor  # (B, P)
+    flipped: Tensor  # (B, P_e) complex64: what the encoder reads, phase-flipped
     rotation: Tensor  # (B, 3, 3)
     magnification: Tensor  # (B,) volume pixel size / image pixel size
 
@@ -55,8 +58,8 @@ class TrainingData:
     ----------
     stack, rows
         The stack, and which of its rows belong to this training (ascending).
-    plane
-        Half-plane frequencies to deliver.
+    model
+        What frequencies its loss takes and its encoder reads, and how the latter is turned.
     in_memory
         Hold all coefficients in memory (8 bytes per frequency and image); None decides by what is free.
     device
@@ -69,15 +72,18 @@ class TrainingData:
         self,
         stack: Stack,
         rows: NDArray[np.int64],
-        plane: HalfPlane,
+        model: VaeConfig,
         *,
         in_memory: bool | None,
         device: torch.device,
         scale: float | None = None,
     ) -> None:
         self.stack, self.rows, self.device = stack, rows, device
+        plane, encoder_plane = model.plane(), model.encoder_plane()
         self.plane = plane.to(device)
-        self._plane_cpu = plane
+        self._plane_cpu, self._encoder_plane = plane, encoder_plane.to(device)
+        self._n_encoder = len(encoder_plane)
+        self._aligned = model.encoder_input == "aligned"
         particles = stack.particles.take(rows)
         self.particle_id = particles.particle_id
         poses, optics = particles.require_poses("train"), particles.optics
@@ -100,7 +106,8 @@ class TrainingData:
             "amplitude_contrast": tensor(optics.amplitude_contrast),
         }
         self.scale = self._estimate_scale() if scale is None else scale
-        needed = 8 * len(plane) * len(rows)
+        self._width = len(plane) + (len(encoder_plane) if self._aligned else 0)
+        needed = 8 * self._width * len(rows)
         if in_memory is None:
             in_memory = needed < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         log.info(
@@ -119,18 +126,22 @@ class TrainingData:
         """The batch of the given stack rows."""
         position = torch.from_numpy(self._position[rows]).to(self.device)
         if self._coefficients is None:
-            coefficients = self._read(rows)
+            stored = self._read(rows)
         else:
-            coefficients = self._coefficients[torch.from_numpy(self._position[rows])]
-        frequency = 1 / self._image_length_a[position, None]
+            stored = self._coefficients[torch.from_numpy(self._position[rows])]
+        stored = stored.to(self.device, non_blocking=True)
+        transfer = self._transfer(position, torch.stack([self.plane.kx, self.plane.ky], dim=-1))
+        coefficients = stored[:, : len(self.plane)]
+        seen, seen_transfer = coefficients[:, : self._n_encoder], transfer[:, : self._n_encoder]
+        if self._aligned:
+            seen = stored[:, len(self.plane) :]
+            angle = in_plane_angle(self._rotation[position])
+            seen_transfer = self._transfer(position, turned_half_plane(self._encoder_plane, angle))
         return Batch(
             rows=rows,
-            coefficients=coefficients.to(self.device, non_blocking=True),
-            ctf=ctf(
-                self.plane.ky * frequency,
-                self.plane.kx * frequency,
-                **{name: value[position] for name, value in self._ctf.items()},
-            ),
+            coefficients=coefficients,
+            ctf=transfer,
+            flipped=seen * torch.where(seen_transfer < 0, -1.0, 1.0),
             rotation=self._rotation[position],
             magnification=self._magnification[position],
         )
@@ -160,9 +171,21 @@ class TrainingData:
         windows = (chunks[i : i + SHUFFLE_CHUNKS] for i in range(0, len(chunks), SHUFFLE_CHUNKS))
         return np.concatenate([generator.permutation(np.concatenate(window)) for window in windows])
 
+    def _transfer(self, position: Tensor, k: Tensor) -> Tensor:
+        """CTF `(B, P)` at `(P, 2)` or `(B, P, 2)` frequencies (kx, ky) in cycles per box."""
+        per_a = k / self._image_length_a[position, None, None]
+        parameters = {name: value[position] for name, value in self._ctf.items()}
+        return ctf(per_a[..., 1], per_a[..., 0], **parameters)
+
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Coefficients at the half plane and, where the encoder wants them, of the turned images."""
         images = torch.from_numpy(self.stack.read(rows))
-        return half_plane_coefficients(images, self._plane_cpu) / self.scale
+        coefficients = half_plane_coefficients(images, self._plane_cpu)
+        if self._aligned:
+            angle = in_plane_angle(self._rotation[torch.from_numpy(self._position[rows])].cpu())
+            turned = coefficients_at(images, turned_half_plane(self._encoder_plane.to("cpu"), angle))
+            coefficients = torch.cat([coefficients, turned], dim=1)
+        return coefficients / self.scale
 
     def _estimate_scale(self) -> float:
         """σ of the Hartley values over an even sample of the images: √⟨|F|²⟩, since E H² = E |F|²."""
@@ -176,7 +199,7 @@ class TrainingData:
         return float(max(power / (len(sample) * len(self._plane_cpu)), 1e-60) ** 0.5)
 
     def _load_all(self) -> Tensor:
-        everything = torch.empty(len(self.rows), len(self._plane_cpu), dtype=torch.complex64)
+        everything = torch.empty(len(self.rows), self._width, dtype=torch.complex64)
         with progress("reading images", len(self.rows)) as advance:
             for start in range(0, len(self.rows), READ_ROWS):
                 rows = self.rows[start : start + READ_ROWS]

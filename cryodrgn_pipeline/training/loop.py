@@ -160,7 +160,7 @@ class Trainer:
         if chosen < n_points:
             points = torch.randperm(n_points, generator=draws)[: max(chosen, 1)].to(self.device)
         with torch.autocast(**self.autocast):
-            mean, log_variance = self.vae.encode(batch.coefficients, batch.ctf)
+            mean, log_variance = self.vae.encode(batch.flipped)
         mean, log_variance = mean.float(), log_variance.float()
         noise = torch.randn(mean.shape, generator=draws).to(self.device)
         z = mean + noise * torch.exp(0.5 * log_variance)
@@ -262,7 +262,7 @@ class Trainer:
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "loss": [], "kld": []}
         for batch in self.data.batches(rows, max(self.settings.batch_size, 64)):
             with torch.autocast(**self.autocast):
-                mean, log_variance = self.vae.encode(batch.coefficients, batch.ctf)
+                mean, log_variance = self.vae.encode(batch.flipped)
             mean, log_variance = mean.float(), log_variance.float()
             for piece in self._pieces(len(batch.rows), n_points):
                 with torch.autocast(**self.autocast):

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -20,6 +18,7 @@ from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
 from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.manifest import digest, environment
+from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack
@@ -71,9 +70,7 @@ def train_vae(request: TrainingRequest) -> None:
     stack.particles.require_poses("train")
     rows = np.arange(len(stack))
     if request.subset is not None:
-        rows = np.sort(
-            read_id_rows(request.subset, stack.particles.particle_id, f"the stack {request.stack}")
-        )
+        rows = read_id_rows(request.subset, stack.particles.particle_id, f"the stack {request.stack}")
     described = {
         "method": "vae",
         "stack": stack.fingerprint,
@@ -105,7 +102,7 @@ def _train(
     data = TrainingData(
         stack,
         rows,
-        request.model.plane(),
+        request.model,
         in_memory=settings.in_memory,
         device=device,
         scale=None if state is None else state["scale"],
@@ -208,13 +205,11 @@ def _already_done(run: Path, fingerprint: str, epochs: int) -> bool:
 def _write_latents(
     run: Path, particle_id: NDArray[Any], latents: dict[str, NDArray[Any]], held_out: NDArray[np.bool_]
 ) -> None:
-    is_uid = particle_id.dtype.kind == "u"
-    columns = {"particle_id": pa.array(particle_id, pa.uint64() if is_uid else pa.string())}
+    columns = {"particle_id": particle_id}
     for prefix, values in (("z", latents["mean"]), ("std", latents["std"])):
-        columns |= {f"{prefix}_{j}": pa.array(values[:, j], pa.float32()) for j in range(values.shape[1])}
-    columns |= {"loss": pa.array(latents["loss"], pa.float32()), "held_out": pa.array(held_out)}
-    with replacing(run / "latent.parquet") as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        columns |= {f"{prefix}_{j}": values[:, j].astype(np.float32) for j in range(values.shape[1])}
+    columns |= {"loss": latents["loss"].astype(np.float32), "held_out": held_out}
+    write_columns(run / "latent.parquet", columns)
 
 
 def _write_metrics(run: Path, trainer: Trainer) -> None:
