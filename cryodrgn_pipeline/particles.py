@@ -94,7 +94,7 @@ class ParticleSet:
 
     def __post_init__(self) -> None:
         n = len(self.particle_id)
-        columns = {
+        columns: dict[str, NDArray[Any]] = {
             "stack": self.images.stack,
             "index": self.images.index,
             "contrast_sign": self.contrast_sign,

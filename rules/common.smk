@@ -253,7 +253,6 @@ def train_options(wildcards):
         "domain": "--domain",
         "mask_radius": "--mask-radius",
         "encoder_input": "--encoder-input",
-        "encoder_mask_radius": "--encoder-mask-radius",
         "coordinate_fraction": "--coordinate-fraction",
         "held_out_fraction": "--held-out-fraction",
         "checkpoint_every_epochs": "--checkpoint-every-epochs",

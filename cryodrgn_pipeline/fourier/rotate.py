@@ -16,7 +16,7 @@ def in_plane_angle(rotation: Tensor) -> Tensor:
 
 
 def turned_half_plane(plane: HalfPlane, angle: Tensor) -> Tensor:
-    """Where the half plane's points lie in images that are to be turned back by `angle`: `(B, P, 2)`, (kx, ky)."""
+    """Where the points lie in images that are to be turned back by `angle`: `(B, P, 2)`, (kx, ky)."""
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
     kx, ky = plane.kx.to(angle), plane.ky.to(angle)
     return torch.stack([cos * kx - sin * ky, sin * kx + cos * ky], dim=-1)
