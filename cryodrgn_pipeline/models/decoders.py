@@ -66,5 +66,7 @@ class CoordinateDecoder(nn.Module):
         with torch.autocast(coordinates.device.type, enabled=False):  # phases need full precision
             features = self.encoding(coordinates)
         x = functional.linear(features, self.coordinate_weight) + self.latent_part(z)[:, None, :]
-        output: Tensor = self.last(self.hidden(functional.relu_(x)))
+        # two axes from here on: an in-place ReLU on a view of a product would copy it for autograd
+        flat = self.hidden(functional.relu_(x).flatten(0, 1))
+        output: Tensor = self.last(flat).unflatten(0, coordinates.shape[:2])
         return output

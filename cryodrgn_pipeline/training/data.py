@@ -147,8 +147,14 @@ class TrainingData:
         )
 
     def batches(self, order: NDArray[np.int64], batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """Batches of the rows in `order` from batch number `first`; the next is read ahead in a thread."""
+        """Batches of the rows in `order` from batch number `first`.
+
+        What has to be read from disk or sent to a GPU is prepared ahead in a thread.
+        """
         parts = [order[i : i + batch_size] for i in range(first * batch_size, len(order), batch_size)]
+        if self._coefficients is not None and self.device.type == "cpu":
+            yield from map(self.batch, parts)  # a second thread would only take the cores from the network
+            return
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self.batch, part) for part in parts[:2]]
             for number in range(len(parts)):

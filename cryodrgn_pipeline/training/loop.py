@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # Points of the decoder that are in flight together: activations stay in the cache of a CPU core, and
 # within a GPU's memory at any batch and box.
-POINTS_IN_FLIGHT = {"cpu": 12_000, "cuda": 1_000_000}
+POINTS_IN_FLIGHT = {"cpu": 6_500, "cuda": 1_000_000}
 LOSSES_IN_FLIGHT = {"cpu": 1, "cuda": 64}  # reading a loss from a GPU waits for it
 
 
