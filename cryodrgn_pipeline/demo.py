@@ -13,16 +13,18 @@ from cryodrgn_pipeline.io.atomic import replacing
 
 log = logging.getLogger(__name__)
 
-DEMO_SIMULATION = {"--particles": 2000, "--box-size": 32, "--snr": 0.2, "--seed": 0}
+DEMO_SIMULATION = {"--particles": 8000, "--box-size": 32, "--pixel-size": 6.0, "--snr": 0.25, "--seed": 0}
 DEMO_SETTINGS: dict[str, Any] = {
     "preprocess": {"box_size_px": 32},
     "train": {
         "latent_dim": 4,
-        "epochs": 20,
+        "epochs": 14,
         "batch_size": 16,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "encoder_width": 256,
-        "decoder_width": 256,
+        "decoder_width": 128,
+        "encoder_mask_radius": 0.5,
+        "coordinate_fraction": 0.25,
     },
     "analyze": {"clusters": 10},
     "volumes": {"direct_path": True},
