@@ -13,12 +13,12 @@ from cryodrgn_pipeline.io.atomic import replacing
 
 log = logging.getLogger(__name__)
 
-DEMO_SIMULATION = {"--particles": 8000, "--box-size": 32, "--pixel-size": 6.0, "--snr": 0.25, "--seed": 0}
+DEMO_SIMULATION = {"--particles": 10000, "--box-size": 32, "--pixel-size": 6.0, "--snr": 0.25, "--seed": 0}
 DEMO_SETTINGS: dict[str, Any] = {
     "preprocess": {"box_size_px": 32},
     "train": {
         "latent_dim": 4,
-        "epochs": 14,
+        "epochs": 11,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "encoder_width": 256,

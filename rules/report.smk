@@ -40,8 +40,9 @@ rule write_report:
         stack=subpath(input.stack, parent=True),
         consensus=subpath(input.consensus, parent=True),
         volumes=volume_options,
+        title="{dataset} · {subset} · {run}",
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: writing the report"
     shell:
         "cryodrgn-pipeline report {params.run:q} --consensus {params.consensus:q} {params.volumes:q}"
-        " --import-dir {params.source:q} --stack {params.stack:q} &> {log:q}"
+        " --import-dir {params.source:q} --stack {params.stack:q} --title {params.title:q} &> {log:q}"
