@@ -101,7 +101,7 @@ def test_particles_without_poses_are_imported_and_refused_where_poses_are_needed
 
 def test_a_relion_3_1_refinement_is_found_with_its_images(shared_data: Path, tmp_path: Path) -> None:
     particles = import_particles(shared_data / "relion31.star", tmp_path)
-    assert particles.images.stack_paths == (str(shared_data / "relion31.mrcs"),)
+    assert particles.images.stack_paths == (str((shared_data / "relion31.mrcs").resolve()),)
     np.testing.assert_array_equal(particles.images.index, np.arange(5))
     np.testing.assert_allclose(particles.ctf.defocus_u_a[0], 13108.082418, rtol=1e-12)
     np.testing.assert_allclose(particles.require_poses("").shift_a[0], [0.019324, -0.64686], rtol=1e-12)
