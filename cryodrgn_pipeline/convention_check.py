@@ -1,8 +1,8 @@
 """The convention check: would the data agree better if rotations, shifts, contrast, hand or scale were meant
 otherwise? On a subset at low resolution; what the data cannot tell is called so and is never a failure.
 
-`convention_scores` measures each hypothesis, `convention_verdicts` and `convention_tests` judge and word it,
-and here they meet the stack.
+`convention_scores` measures each hypothesis, `convention_verdicts` and `convention_judgements` judge and
+word it, and here they meet the stack.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.convention_judgements import (
+    contrast_test,
+    hand_test,
+    pixel_size_test,
+    rotation_test,
+    shift_sign_test,
+    shift_unit_test,
+    too_few,
+)
 from cryodrgn_pipeline.convention_scores import (
     FOLDS,
     Ball,
@@ -27,15 +36,6 @@ from cryodrgn_pipeline.convention_scores import (
     backproject,
     score_by_halves,
     score_by_reference,
-)
-from cryodrgn_pipeline.convention_tests import (
-    contrast_test,
-    hand_test,
-    pixel_size_test,
-    rotation_test,
-    shift_sign_test,
-    shift_unit_test,
-    too_few,
 )
 from cryodrgn_pipeline.convention_verdicts import REFERENCE_FITS, SURE, Judges, Scores, Source, Test
 from cryodrgn_pipeline.fourier.fsc import fsc
