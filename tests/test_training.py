@@ -162,9 +162,11 @@ def test_checkpoints_that_do_not_belong_are_moved_aside_never_deleted(request_fo
     request = request_for()
     train_vae(request)
     old = (request.run / "checkpoints" / "state.pt").read_bytes()
+    old_latents = (request.run / "latent.parquet").read_bytes()
     train_vae(request_for(**change))
     aside = [path for path in request.run.glob("checkpoints.*") if path.is_dir()]
     assert [(path / "state.pt").read_bytes() for path in aside] == [old]
+    assert [(path / "latent.parquet").read_bytes() for path in aside] == [old_latents]
 
 
 def test_a_subset_trains_and_reports_its_particles_only(request_for, tiny_set, tmp_path):

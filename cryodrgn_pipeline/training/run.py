@@ -25,11 +25,9 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
-from cryodrgn_pipeline.training.state import CheckpointFolder, StopRequest, only_writer
+from cryodrgn_pipeline.training.state import MANIFEST, OUTPUTS, CheckpointFolder, StopRequest, only_writer
 
 log = logging.getLogger(__name__)
-
-OUTPUTS = (MODEL_FILE, "latent.parquet", "metrics.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +95,7 @@ def _train(
     settings, run, started = request.settings, request.run, time.monotonic()
     folder = CheckpointFolder(run, fingerprint)
     state = folder.open(resume=request.resume, epochs=settings.epochs)
-    for name in (*OUTPUTS, "run.json"):  # outputs of another run beside new checkpoints would mislead
-        (run / name).unlink(missing_ok=True)
+    (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
     data = TrainingData(
         stack,
         rows,
@@ -148,27 +145,32 @@ def _train(
     _write_latents(run, data.particle_id, latents, np.isin(rows, held_out_rows))
     save_model(run / MODEL_FILE, _trained(trainer, stack))
     _write_metrics(run, trainer)
-    manifest = environment() | {
+    write_json(run / MANIFEST, _manifest(request, stack, trainer, fingerprint, time.monotonic() - started))
+    log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
+
+
+def _manifest(
+    request: TrainingRequest, stack: Stack, trainer: Trainer, fingerprint: str, wall_seconds: float
+) -> dict[str, Any]:
+    return environment() | {
         "method": "vae",
         "fingerprint": fingerprint,
         "stack": str(request.stack),
         "stack_fingerprint": stack.fingerprint,
         "subset": None if request.subset is None else str(request.subset),
-        "n_particles": len(rows),
-        "n_held_out": len(held_out_rows),
+        "n_particles": len(trainer.data),
+        "n_held_out": len(trainer.held_out_rows),
         "box_size_px": stack.box_size_px,
         "pixel_size_a": stack.pixel_size_a,
-        "scale": data.scale,
+        "scale": trainer.data.scale,
         "model": request.model.as_dict(),
-        "settings": settings.as_dict(),
-        "device": str(device),
+        "settings": request.settings.as_dict(),
+        "device": str(trainer.device),
         "threads": torch.get_num_threads(),
         "epochs": trainer.progress.epoch,
         "training_seconds": trainer.progress.seconds,
-        "wall_seconds": time.monotonic() - started,
+        "wall_seconds": wall_seconds,
     }
-    write_json(run / "run.json", manifest)  # last: its presence says that the run is whole
-    log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
 
 
 def split_held_out(
@@ -191,7 +193,7 @@ def _trained(trainer: Trainer, stack: Stack) -> TrainedModel:
 
 def _already_done(run: Path, fingerprint: str, epochs: int) -> bool:
     try:
-        manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     except ValueError as error:

@@ -14,15 +14,18 @@ from typing import Any
 
 from cryodrgn_pipeline.errors import TrainingError
 from cryodrgn_pipeline.io.atomic import write_json
-from cryodrgn_pipeline.io.checkpoints import load_state, save_state
+from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, load_state, save_state
 
 log = logging.getLogger(__name__)
+
+OUTPUTS = (MODEL_FILE, "latent.parquet", "metrics.jsonl")
+MANIFEST = "run.json"  # written last: its presence says that the run is whole
 
 
 class CheckpointFolder:
     """The `checkpoints/` of a run: `state.pt` to resume from, and the fingerprint of what it belongs to.
 
-    Checkpoints of another fingerprint are moved aside, never deleted.
+    Checkpoints of another fingerprint are moved aside with the results they led to, never deleted.
     """
 
     def __init__(self, run: Path, fingerprint: str) -> None:
@@ -72,7 +75,10 @@ class CheckpointFolder:
             number += 1
             aside = self.run / f"checkpoints.{stored}.{number}"
         self.path.rename(aside)
-        log.info("older checkpoints moved to %s: %s", aside, why)
+        for name in (*OUTPUTS, MANIFEST):
+            if (self.run / name).exists():
+                (self.run / name).rename(aside / name)
+        log.info("older checkpoints and results moved to %s: %s", aside, why)
 
 
 @contextmanager
