@@ -252,7 +252,7 @@ def test_every_setting_of_the_training_verb_can_be_configured() -> None:
 def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:
     (project / "config.yaml").write_text("datasets: {mine: {particles: p.star}}", encoding="utf-8")
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    said_by_the_workflow = {"threads", "resume", "z", "consensus", "volumes", "import_dir", "stack"}
+    said_by_the_workflow = {"threads", "resume", "z", "consensus", "volumes", "import_dir", "stack", "title"}
     for verb, *words in commands("-s", SNAKEFILE, cwd=project):
         given = verbs[verb].make_context(verb, words)
         for parameter in verbs[verb].params:
