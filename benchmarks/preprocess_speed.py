@@ -3,10 +3,9 @@
     python benchmarks/preprocess_speed.py --folder /scratch/speed --particles 4000
 
 Makes a float32 set, then measures (a) reading every image in file order and one real 2-D FFT of each, with
-the same FFT library and threads, and (b) `preprocess` to each box, both with the files in the page
-cache, alternating and taking the median of some rounds. CPU time
-is what counts on a machine that others use too. With --memory it compares the peak resident memory at N
-and 4 N particles.
+the same FFT library and threads, and (b) `preprocess` to each box, alternating and taking the median of some
+rounds: with the files in the page cache, or with --cold from the disk. CPU time is what counts on a machine
+that others use too. With --memory it compares the peak resident memory at N and 4 N particles.
 """
 
 from __future__ import annotations
@@ -44,6 +43,13 @@ def measured(call: Callable[[], None]) -> Seconds:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def forget(folder: Path) -> None:
+    """Put a set's stacks out of the page cache."""
+    for path in folder.glob("*.mrcs"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def middle(rounds: list[Seconds]) -> Seconds:
@@ -123,6 +129,7 @@ def main() -> None:
     parser.add_argument("--to", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--worker", nargs=3)
     options = parser.parse_args()
@@ -136,15 +143,21 @@ def main() -> None:
     cases = [(to, dtype) for to in options.to for dtype in ("float32", "float16")]
     floors: list[Seconds] = []
     taken: dict[tuple[int, str], list[Seconds]] = {case: [] for case in cases}
+    os.sync()
     for _ in range(options.rounds):
+        if options.cold:
+            forget(folder / "n")
         floors.append(measured(lambda: read_and_transform(imported, options.threads)))
         for case in cases:
             call = partial(run_preprocess, imported, folder / "stack", *case, options.threads)
             shutil.rmtree(folder / "stack", ignore_errors=True)  # else it would be found and kept
+            if options.cold:
+                forget(folder / "n")
             taken[case].append(measured(call))
     floor = middle(floors)
     print(
-        f"{n} images of {options.box_size} px, {options.threads} threads, median of {options.rounds} rounds"
+        f"{n} images of {options.box_size} px {'from the disk' if options.cold else 'in the page cache'}, "
+        f"{options.threads} threads, median of {options.rounds} rounds"
     )
     print(f"load average {os.getloadavg()[0]:.1f}")
     print("| | wall s | CPU s | wall ratio | CPU ratio |\n|---|---|---|---|---|")

@@ -107,6 +107,8 @@ def consensus(
         `stop` (raise where the data contradict a convention), `warn` or `off`.
     mask
         Soft mask for the FSC on the stack's grid; found in the map where not given.
+    seed
+        Deals the half sets where the source has none, and draws the check's subset.
 
     Returns
     -------
@@ -229,8 +231,8 @@ def _mask_on_grid(path: Path, box_size_px: int) -> Tensor:
             f"{path}: the mask has {' x '.join(map(str, values.shape[::-1]))} voxels, the stack "
             f"{box_size_px} px; resample it to the stack's box"
         )
-    if values.min() < -1e-3 or values.max() > 1.001 or values.max() <= 0:
-        low, high = values.min(), values.max()
+    low, high = values.min(), values.max()
+    if not (low >= -1e-3 and 0 < high <= 1.001):  # also where a voxel is no number
         raise InputFormatError(f"{path}: a mask lies between 0 and 1, this map in {low:.3g} ... {high:.3g}")
     return torch.from_numpy(values).clamp(0, 1)
 

@@ -78,17 +78,20 @@ class ConventionCheck:
         return "not_determinable"
 
     def message(self) -> str:
-        """What is wrong and every line that mends it."""
+        """What is wrong and every line that mends it, where a line can."""
         wrong = [test for test in self.tests if test.verdict == "contradicted"]
         lines = ["the particles contradict the conventions they were imported with."]
         lines += [f"  {test.name}: {test.statement}" for test in wrong]
-        lines.append("In config.yaml, under this dataset:")
-        for section in dict.fromkeys(test.section for test in wrong if test.remedy):
-            lines.append(f"  {section}:")
-            remedies = [test.remedy for test in wrong if test.remedy and test.section == section]
-            lines += [f"    {line}" for remedy in remedies for line in remedy.splitlines()]
-        options = " ".join(test.import_option for test in wrong if test.import_option)
-        lines.append(f"or import again with: {options}")
+        sections: dict[str, list[str]] = {}
+        for test in wrong:
+            if test.section and test.remedy:
+                sections.setdefault(test.section, []).extend(test.remedy.splitlines())
+        if sections:
+            lines.append("In config.yaml, under this dataset:")
+            for section, remedies in sections.items():
+                lines += [f"  {section}:", *(f"    {line}" for line in remedies)]
+            options = " ".join(test.import_option for test in wrong if test.import_option)
+            lines.append(f"or import again with: {options}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -243,7 +246,7 @@ def _fit(by_reference: Scores, zooms: dict[float, Score], own: Score) -> tuple[f
 
 def skewness_of_quarters(evidence: Evidence, pose: Hypothesis) -> tuple[float, float, tuple[float, ...]]:
     """Skewness of the low-resolution map, its jackknife error, and that of the four folds' own maps."""
-    sums = backproject(evidence, pose)
+    sums = backproject(evidence, evidence.under(pose))
     everything = list(range(FOLDS))
     curve = fsc(sums.map([0, 1]), sums.map([2, 3]))
     prior = prior_from_fsc(curve, shell_mean_weight(sums.weight(everything), evidence.box_size_px))

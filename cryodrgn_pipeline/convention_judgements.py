@@ -24,6 +24,8 @@ from cryodrgn_pipeline.convention_verdicts import (
     compare,
 )
 
+Cure = tuple[str, str, str]  # the section of config.yaml, its lines, and the same as options of import
+
 
 def rotation_test(judges: Judges, source: Source) -> Test:
     """Are the rotations object to image, and not the reverse?"""
@@ -33,23 +35,14 @@ def rotation_test(judges: Judges, source: Source) -> Test:
         CONSISTENT: "the rotations are not transposed",
         UNDECIDED: "the particles do not tell the rotations from their transposes",
     }[verdict]
-    value = _yaml(not source.transpose_rotations)
-    return _pose(
-        "rotation",
-        verdict,
-        f"{said}: {evidence}",
-        comparison,
-        f"transpose_rotations: {value}",
-        "--transpose-rotations" if not source.transpose_rotations else "(without --transpose-rotations)",
-    )
+    cure = _switched("transpose_rotations", source.transpose_rotations)
+    return _pose("rotation", verdict, f"{said}: {evidence}", comparison, cure)
 
 
 def shift_sign_test(judges: Judges, source: Source) -> Test:
     """Do the shifts centre the particles, or push them away; or are the images centred without?"""
     verdict, comparison, evidence = judges.decide(lambda h: h.negate, MARGIN / 2, Judges.shifted)
-    value = _yaml(not source.negate_shifts)
-    remedy, section = f"negate_shifts: {value}", "conventions"
-    option = "--negate-shifts" if not source.negate_shifts else "(without --negate-shifts)"
+    cure = _switched("negate_shifts", source.negate_shifts)
     said = {
         CONTRADICTED: "the shifts have the opposite sign (they tell where the particle is)",
         CONSISTENT: "the shifts have the right sign",
@@ -65,10 +58,10 @@ def shift_sign_test(judges: Judges, source: Source) -> Test:
                 "that their sign cannot be told"
             )
         else:
-            verdict, remedy, section = CONTRADICTED, "shift_x_a: 0\nshift_y_a: 0", "set"
-            option = "--set shift_x_a=0 --set shift_y_a=0"
+            verdict = CONTRADICTED
+            cure = ("set", "shift_x_a: 0\nshift_y_a: 0", "--set shift_x_a=0 --set shift_y_a=0")
             said = "the images are centred already, the shifts only move the particles away"
-    return _pose("shift_sign", verdict, f"{said}: {evidence}", comparison, remedy, option, section)
+    return _pose("shift_sign", verdict, f"{said}: {evidence}", comparison, cure)
 
 
 def shift_unit_test(judges: Judges, source: Source) -> Test:
@@ -105,37 +98,33 @@ def shift_unit_test(judges: Judges, source: Source) -> Test:
             f"the particles ask for smaller shifts (times {factor:.4g} or so), but so they would if the "
             f"shifts ({judges.shift_spread_a:.2g} Å per axis) had random errors"
         )
-    scale = source.shift_scale * factor
-    return _pose(
-        "shift_unit",
-        verdict,
-        f"{said}: {evidence}",
-        comparison,
-        f"shift_scale: {scale:.6g}",
-        f"--shift-scale {scale:.6g}",
-    )
+    scale = f"{source.shift_scale * factor:.6g}"
+    cure = ("conventions", f"shift_scale: {scale}", f"--shift-scale {scale}")
+    return _pose("shift_unit", verdict, f"{said}: {evidence}", comparison, cure)
 
 
-def _pose(
-    name: str,
-    verdict: str,
-    statement: str,
-    comparison: Comparison,
-    remedy: str,
-    option: str,
-    section: str = "conventions",
-) -> Test:
-    wrong = verdict == CONTRADICTED
+def _pose(name: str, verdict: str, statement: str, comparison: Comparison, cure: Cure) -> Test:
+    scores = (comparison.current.mean_fsc, comparison.alternative.mean_fsc)
+    return _judged(name, verdict, statement, scores, cure)
+
+
+def _judged(name: str, verdict: str, statement: str, scores: tuple[float, float], cure: Cure | None) -> Test:
+    section, remedy, option = cure if cure and verdict == CONTRADICTED else (None, None, None)
     return Test(
         name=name,
         verdict=verdict,
         statement=statement,
-        score_current=comparison.current.mean_fsc,
-        score_alternative=comparison.alternative.mean_fsc,
-        remedy=remedy if wrong else None,
-        section=section if wrong else None,
-        import_option=option if wrong else None,
+        score_current=scores[0],
+        score_alternative=scores[1],
+        remedy=remedy,
+        section=section,
+        import_option=option,
     )
+
+
+def _switched(convention: str, on: bool) -> Cure:
+    option = "--" + convention.replace("_", "-")
+    return "conventions", f"{convention}: {str(not on).lower()}", f"(without {option})" if on else option
 
 
 def contrast_test(
@@ -174,20 +163,13 @@ def contrast_test(
         CONSISTENT: "the particles are light on dark",
         UNDECIDED: "the map does not tell light from dark",
     }[verdict]
-    wrong, known = verdict == CONTRADICTED, source.contrast_sign is not None
-    sign = -int(source.contrast_sign or 1)
-    if wrong and not known:
+    cure: Cure | None = None
+    if source.contrast_sign is not None:
+        sign = -int(source.contrast_sign)
+        cure = ("set", f"contrast_sign: {sign}", f"--set contrast_sign={sign}")
+    elif verdict == CONTRADICTED:
         said += " (the particles' contrast signs differ; check each part of the set)"
-    return Test(
-        name="contrast",
-        verdict=verdict,
-        statement=f"{said}: {evidence}",
-        score_current=skewness,
-        score_alternative=-skewness,
-        remedy=f"contrast_sign: {sign}" if wrong and known else None,
-        section="set" if wrong and known else None,
-        import_option=f"--set contrast_sign={sign}" if wrong and known else None,
-    )
+    return _judged("contrast", verdict, f"{said}: {evidence}", (skewness, -skewness), cure)
 
 
 def hand_test(scores: Scores | None, why_not: str, source: Source) -> Test:
@@ -201,17 +183,9 @@ def hand_test(scores: Scores | None, why_not: str, source: Source) -> Test:
         CONSISTENT: "the poses belong to the reference's hand",
         UNDECIDED: "the reference and its mirror image fit the particles alike",
     }[verdict]
-    value, wrong = not source.mirror_hand, verdict == CONTRADICTED
-    return Test(
-        name="hand",
-        verdict=verdict,
-        statement=f"{said}: {comparison.numbers()}",
-        score_current=comparison.current.match,
-        score_alternative=comparison.alternative.match,
-        remedy=f"mirror_hand: {_yaml(value)}" if wrong else None,
-        section="conventions" if wrong else None,
-        import_option=("--mirror-hand" if value else "(without --mirror-hand)") if wrong else None,
-    )
+    matches = (comparison.current.match, comparison.alternative.match)
+    cure = _switched("mirror_hand", source.mirror_hand)
+    return _judged("hand", verdict, f"{said}: {comparison.numbers()}", matches, cure)
 
 
 def pixel_size_test(scores: dict[float, Score] | None, why_not: str, source: Source) -> Test:
@@ -234,17 +208,9 @@ def pixel_size_test(scores: dict[float, Score] | None, why_not: str, source: Sou
         CONSISTENT: f"the reference fits best at {zoom:.3f} times the pixel size in use, as good as 1",
         UNDECIDED: f"the reference does not tell the pixel size (best {zoom:.3f} times that in use)",
     }[verdict]
-    mendable = off and source.one_pixel_size
-    return Test(
-        name="pixel_size",
-        verdict=verdict,
-        statement=said,
-        score_current=scores[1.0].match,
-        score_alternative=scores[best].match,
-        remedy=f"pixel_size_a: {size:.4g}" if mendable else None,
-        section="set" if mendable else None,
-        import_option=f"--set pixel_size_a={size:.4g}" if mendable else None,
-    )
+    cure = ("set", f"pixel_size_a: {size:.4g}", f"--set pixel_size_a={size:.4g}")
+    matches = (scores[1.0].match, scores[best].match)
+    return _judged("pixel_size", verdict, said, matches, cure if source.one_pixel_size else None)
 
 
 def _peak(scores: dict[float, Score], best: float) -> tuple[float, bool]:
@@ -264,7 +230,3 @@ def too_few(n: int, needed: int) -> tuple[Test, ...]:
     statement = f"{n} particles are too few to tell; at least {needed} are needed"
     names = ("rotation", "shift_sign", "shift_unit", "contrast", "hand", "pixel_size")
     return tuple(Test(name=name, verdict=UNDECIDED, statement=statement) for name in names)
-
-
-def _yaml(value: bool) -> str:
-    return "true" if value else "false"

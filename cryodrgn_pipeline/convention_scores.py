@@ -40,9 +40,6 @@ class Hypothesis:
     zoom: float = 1.0
 
 
-AS_IMPORTED = Hypothesis()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """The particles that vote.
@@ -104,8 +101,7 @@ class Score:
     @property
     def signal(self) -> float:
         """Standard errors by which the mean vote exceeds 0."""
-        spread = float(self.votes.std(ddof=1)) if len(self.votes) > 1 else 0.0
-        return self.match / (spread / float(np.sqrt(len(self.votes)))) if spread > 0 else 0.0
+        return _standard_errors(self.votes)
 
     def times(self, sign: float) -> Score:
         """The same votes counted for one sign of contrast."""
@@ -138,10 +134,10 @@ def votes(images: FourierImages, grids: Tensor, source: Tensor, noise_weight: Te
     return result
 
 
-def backproject(evidence: Evidence, hypothesis: Hypothesis) -> Backprojection:
-    """Sums of the four folds under a hypothesis."""
+def backproject(evidence: Evidence, images: FourierImages) -> Backprojection:
+    """Sums of the four folds, of the evidence's images under some hypothesis."""
     sums = Backprojection(evidence.box_size_px, FOLDS)
-    sums.add(evidence.under(hypothesis), evidence.fold, evidence.noise_weight)
+    sums.add(images, evidence.fold, evidence.noise_weight)
     return sums
 
 
@@ -155,9 +151,8 @@ class Ball:
         self.shell = np.rint(radius[self.at]).astype(np.int64)
         self.count = int(self.shell.max()) + 1
         self.shape = (size, size, size // 2 + 1)
-        self.terms = np.where(
-            self.at % (size // 2 + 1) == 0, 1.0, 2.0
-        )  # k and −k both stand in the plane kx = 0
+        # k and −k both stand in the plane kx = 0
+        self.terms = np.where(self.at % (size // 2 + 1) == 0, 1.0, 2.0)
 
     def of(self, sums: Backprojection) -> tuple[Points, Points]:
         """Numerators `(4, n)` complex and weights `(4, n)` of the folds at the points."""
@@ -194,9 +189,7 @@ class Ball:
 def score_by_halves(evidence: Evidence, hypothesis: Hypothesis, ball: Ball) -> Score:
     """Half-map FSC under a hypothesis, and each particle's vote for the map of the other folds."""
     images = evidence.under(hypothesis)
-    sums = Backprojection(evidence.box_size_px, FOLDS)
-    sums.add(images, evidence.fold, evidence.noise_weight)
-    numerator, weight = ball.of(sums)
+    numerator, weight = ball.of(backproject(evidence, images))
     curve = torch.from_numpy(ball.half_map_fsc(numerator, weight))
     whole = weight.sum(axis=0)
     mean_weight = ball.per_shell(whole) / ball.per_shell(np.ones_like(whole))
@@ -220,8 +213,9 @@ def score_by_reference(evidence: Evidence, hypothesis: Hypothesis, grid: Tensor)
 
 def advantage(alternative: Score, current: Score) -> float:
     """By how many standard errors the alternative's votes are better, particle by particle."""
-    difference = alternative.votes - current.votes
-    spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    if spread == 0:
-        return 0.0
-    return float(difference.mean()) / (spread / float(np.sqrt(len(difference))))
+    return _standard_errors(alternative.votes - current.votes)
+
+
+def _standard_errors(values: NDArray[np.float64]) -> float:
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return float(values.mean()) * len(values) ** 0.5 / spread if spread > 0 else 0.0

@@ -16,16 +16,7 @@ log = logging.getLogger(__name__)
 DEMO_SIMULATION = {"--particles": 10000, "--box-size": 32, "--pixel-size": 6.0, "--snr": 0.25, "--seed": 0}
 DEMO_SETTINGS: dict[str, Any] = {
     "preprocess": {"box_size_px": 32},
-    "train": {
-        "latent_dim": 4,
-        "epochs": 11,
-        "batch_size": 16,
-        "learning_rate": 1e-3,
-        "encoder_width": 256,
-        "decoder_width": 128,
-        "encoder_mask_radius": 0.5,
-        "coordinate_fraction": 0.25,
-    },
+    "train": {"method": "subspace"},
     "analyze": {"clusters": 10},
     "volumes": {"direct_path": True},
 }
@@ -80,7 +71,7 @@ def write_config(
     if particles is not None:
         given: dict[str, Any] = {"particles": str(particles)}
         found = passthrough or _neighbouring_passthrough(particles)
-        for file in (particles, *found, *(path for path in (datadir, reference) if path is not None)):
+        for file in filter(None, (particles, *found, datadir, reference)):
             if not file.exists():
                 raise InputFormatError(f"{file} does not exist (looked from {Path.cwd()})")
         if particles.suffix not in (".star", ".cs"):

@@ -195,7 +195,7 @@ def latent_r2(z: NDArray[Any], truth: dict[str, NDArray[Any]]) -> dict[str, floa
 
 def leakage(z: NDArray[Any], viewing_direction: Array, defocus_a: Array) -> dict[str, float]:
     """20-NN R² from `z` of what it should not know, ≈ 0 is good: view `(N, 3)` and defocus `(N,)`."""
-    return {"viewing_direction": knn_r2(z, viewing_direction), "defocus": knn_r2(z, defocus_a)}
+    return latent_r2(z, {"viewing_direction": viewing_direction, "defocus": defocus_a})
 
 
 def latent_scores(run: Path, truth: Truth) -> dict[str, Any]:
@@ -229,10 +229,11 @@ def states_of_volumes(
             raise ConfigError(f"{particles}: {len(ids)} ids for the {len(paths)} volumes in {folder}")
         return "per image", truth.nearest_state(truth.particle_states[truth.rows_of(ids)])
     if run is not None:
+        from scipy.spatial import cKDTree
+
         latents = read_latents(run)
         drawn = volume_z(folder, latents.z.shape[1])
-        squared = ((drawn[:, None] - latents.z[None]) ** 2).sum(axis=-1)
-        rows = truth.rows_of(latents.particle_id[squared.argmin(axis=1)])
+        rows = truth.rows_of(latents.particle_id[cKDTree(latents.z).query(drawn)[1]])
         return "per image", truth.nearest_state(truth.particle_states[rows])
     if len(paths) == len(truth.volumes):
         return "per conformation", np.arange(len(paths))
@@ -271,7 +272,7 @@ def evaluate(
     truth = read_truth(truth_folder)
     result: dict[str, Any] = {}
     if volumes is not None:
-        paths = sorted(volumes.glob("*.mrc"))
+        paths = sorted(volumes.glob("*.mrc"), key=lambda path: (len(path.name), path.name))  # 999 before 1000
         if not paths:
             raise InputFormatError(f"{volumes}: no .mrc volume in this folder")
         how, states = states_of_volumes(volumes, paths, truth, run=run, particles=particles)

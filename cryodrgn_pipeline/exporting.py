@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.conventions import (
+    Remedies,
     cryosparc_from_rotation,
     relion_from_rotation,
     split_from_half_set,
 )
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.importing import PARTICLES, read_info
 from cryodrgn_pipeline.io import cs, star
 from cryodrgn_pipeline.io.ids import read_id_rows
+from cryodrgn_pipeline.io.imported import PARTICLES, read_info
 from cryodrgn_pipeline.io.tables import read_extra, read_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
 from cryodrgn_pipeline.sources.relion import source_ids
 from cryodrgn_pipeline.sources.relion_rows import find_tables
+from cryodrgn_pipeline.sources.stacks import plain_path
 
 log = logging.getLogger(__name__)
 
@@ -59,28 +61,35 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
     InputFormatError
         If the subset names unknown ids, or the source changed or vanished since the import.
     ConfigError
-        If the suffix is neither `.star` nor `.cs`, or the output would replace the source.
+        If the suffix is neither `.star` nor `.cs`, or an output would replace a file of the source.
     """
     import_dir, output = Path(import_dir), Path(output)
     kind = KINDS.get(output.suffix.lower())
     if kind is None:
         raise ConfigError(f"-o {output}: the suffix must be .star (RELION) or .cs (cryoSPARC)")
     info = read_info(import_dir)
-    source = Path(info["source"]["path"])
-    if source.exists() and output.exists() and source.samefile(output):
-        raise ConfigError(f"-o {output} is the file the particles were imported from; choose another name")
+    sources = [Path(record["path"]) for record in (info["source"], *info["passthrough"])]
+    same_kind = info["source"]["kind"] == kind
+    files = [output, *_passthrough_names(output, len(sources) - 1)] if same_kind else [output]
+    for file in files:
+        if any(file.exists() and source.exists() and file.samefile(source) for source in sources):
+            raise ConfigError(
+                f"-o {output}: {file} is a file the particles were imported from; choose another name"
+            )
     ids = read_extra(import_dir / PARTICLES, ["particle_id"])["particle_id"]
     keep = np.ones(len(ids), dtype=bool)
     if subset is not None:
         keep[:] = False
         keep[read_id_rows(subset, ids, f"the import {import_dir}")] = True
-    if info["source"]["kind"] != kind:
+    if same_kind:
+        _say_what_stays(info)
+        for record in (info["source"], *info["passthrough"]):
+            _refuse_changed(record)
+        for source, file in zip(sources, files, strict=True):
+            (cs.write_masked if kind == "cs" else _write_masked_star)(source, ids[keep], file)
+    else:
         particles = _with_source_paths(read_particles(import_dir), info).take(keep)
         (write_cs if kind == "cs" else write_star)(particles, output)
-        files = [output]
-    else:
-        _say_what_stays(info)
-        files = _write_masked(info, source, ids[keep], output)
     log.info("%d of %d particles written to %s", int(keep.sum()), len(ids), output)
     return Exported(files=tuple(files), particles=int(keep.sum()))
 
@@ -94,22 +103,16 @@ def _is_in(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _say_what_stays(info: dict[str, Any]) -> None:
-    neutral = {"transpose_rotations": False, "negate_shifts": False, "shift_scale": 1.0, "mirror_hand": False}
-    if info["overrides"] or info["conventions"] != neutral:
+    if info["overrides"] or info["conventions"] != asdict(Remedies()):
         log.info("the original rows are written: --set values and remedies of the import are not in them")
 
 
-def _write_masked(info: dict[str, Any], source: Path, keep: NDArray[Any], output: Path) -> list[Path]:
-    for record in [info["source"], *info["passthrough"]]:
-        _refuse_changed(record)
-    if info["source"]["kind"] == "cs":
-        cs.write_masked(source, keep, output)
-        files = [output]
-        for number, record in enumerate(info["passthrough"], start=1):
-            suffix = "" if number == 1 else f"_{number}"
-            files.append(output.with_name(f"{output.stem}_passthrough_particles{suffix}.cs"))
-            cs.write_masked(Path(record["path"]), keep, files[-1])
-        return files
+def _passthrough_names(output: Path, count: int) -> list[Path]:
+    numbers = ["", *(f"_{number}" for number in range(2, count + 1))][:count]
+    return [output.with_name(f"{output.stem}_passthrough_particles{number}.cs") for number in numbers]
+
+
+def _write_masked_star(source: Path, keep: NDArray[Any], output: Path) -> None:
     particles, optics = find_tables(source)
     mask = _is_in(source_ids(source), keep)
     masks = {particles.name: mask}
@@ -118,7 +121,6 @@ def _write_masked(info: dict[str, Any], source: Path, keep: NDArray[Any], output
         used = star.read_table(source, particles, [], ["rlnOpticsGroup"]).integers("rlnOpticsGroup")[mask]
         masks[optics.name] = np.isin(groups, used)
     star.write_masked(source, masks, output)
-    return [output]
 
 
 def _refuse_changed(record: dict[str, Any]) -> None:
@@ -132,10 +134,7 @@ def _refuse_changed(record: dict[str, Any]) -> None:
 
 def _with_source_paths(particles: ParticleSet, info: dict[str, Any]) -> ParticleSet:
     """Image paths as the source had them, relative to its project, instead of where they were found."""
-    source = {
-        stack.get("path", stack["source_path"].removeprefix(">")): stack["source_path"].removeprefix(">")
-        for stack in info["image_stacks"]
-    }
+    source = {stack.get("path"): plain_path(stack["source_path"]) for stack in info["image_stacks"]}
     paths = tuple(source.get(path, path) for path in particles.images.stack_paths)
     return replace(particles, images=replace(particles.images, stack_paths=paths))
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
 
@@ -54,6 +55,11 @@ def noise_weights(noise: dict[int, NDArray[np.float64]], plane: HalfPlane) -> tu
     Returns
     -------
     `(G, P)` float32, scaled to mean 1, and the row of each optics group.
+
+    Raises
+    ------
+    InputFormatError
+        If the power of a group is not positive at most shells.
     """
     radius = plane.radius.numpy()
     rows = {group: row for row, group in enumerate(sorted(noise))}
@@ -62,9 +68,12 @@ def noise_weights(noise: dict[int, NDArray[np.float64]], plane: HalfPlane) -> tu
         power = noise[group]
         # images that were low-passed hold next to nothing at high shells: no weight without bound for those
         power = np.maximum(power, SMALLEST_NOISE * np.median(power))
+        if not (np.isfinite(power).all() and power.min() > 0):
+            raise InputFormatError(
+                f"the noise power of optics group {group} in the stack's noise.parquet must be positive: its "
+                "images are blank, or the file is damaged; leave the group out or make the stack again"
+            )
         table[row] = np.interp(radius, np.arange(len(power)), power)
-    if not np.isfinite(table).all() or (table <= 0).any():
-        raise ValueError("a noise spectrum holds values that are not positive numbers; make the stack again")
     weight = 1 / table
     return torch.from_numpy(weight / weight.mean()).float(), rows
 

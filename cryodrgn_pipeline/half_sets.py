@@ -24,7 +24,8 @@ def half_sets(particles: ParticleSet, seed: int = 0) -> tuple[NDArray[np.int64],
     """Which half (0 or 1) each particle belongs to, `(N,)`, and where that comes from.
 
     The source's own two half sets are kept; otherwise images are dealt at random. Repeats of one image stay
-    together either way.
+    together, as far as ids tell them: cryoSPARC's symmetry expansion gives each a uid of its own, and only
+    its half sets keep those together.
     """
     images, first, inverse = np.unique(
         image_of_id(particles.particle_id), return_index=True, return_inverse=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,16 +13,15 @@ from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.conventions import Remedies
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.io.atomic import write_json
+from cryodrgn_pipeline.io.imported import INFO, PARTICLES, aberration_note
 from cryodrgn_pipeline.io.tables import write_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
 from cryodrgn_pipeline.sources.cryosparc import read_cryosparc
 from cryodrgn_pipeline.sources.draft import Draft, parse_overrides
 from cryodrgn_pipeline.sources.relion import read_relion
-from cryodrgn_pipeline.sources.stacks import StackFile, check_stacks, find_stacks
+from cryodrgn_pipeline.sources.stacks import StackFile, check_stacks, find_stacks, plain_path
 
 log = logging.getLogger(__name__)
-
-PARTICLES, INFO = "particles.parquet", "import.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +81,12 @@ def import_particles(source: Path, output: Path, options: ImportOptions | None =
     if not options.metadata_only:
         files = check_stacks(draft, find_stacks(draft, options.datadir))
     particles = draft.build(options.remedies)
-    paths = tuple(str(file.path) for file in files) or tuple(
-        path.removeprefix(">") for path in draft.stack_paths
-    )
+    paths = tuple(str(file.path) for file in files) or tuple(map(plain_path, draft.stack_paths))
     particles = replace(particles, images=replace(particles.images, stack_paths=paths))
     output.mkdir(parents=True, exist_ok=True)
     (output / INFO).unlink(missing_ok=True)  # an interrupted import must not pair old words with new rows
     write_particles(particles, output / PARTICLES)
-    info = _record(draft, particles, options, overrides, files, output)
+    info = _record(draft, particles, options, overrides, files)
     write_json(output / INFO, info)
     _say(info, particles)
     return particles
@@ -99,7 +95,7 @@ def import_particles(source: Path, output: Path, options: ImportOptions | None =
 def _read(source: Path, options: ImportOptions, overrides: dict[str, float]) -> Draft:
     suffix = source.suffix.lower()
     if suffix == ".cs":
-        return read_cryosparc(source, options.passthrough, options.class_number)
+        return read_cryosparc(source, options.passthrough, overrides, options.class_number)
     if suffix != ".star":
         raise InputFormatError(
             f"{source}: expected a RELION .star or cryoSPARC .cs file, found the suffix {suffix or '(none)'}"
@@ -115,10 +111,9 @@ def _record(
     options: ImportOptions,
     overrides: dict[str, float],
     files: Sequence[StackFile],
-    output: Path,
 ) -> dict[str, Any]:
-    stacks: list[dict[str, Any]] = [{**asdict(file), "path": str(file.path)} for file in files]
-    info = {
+    stacks = [{**asdict(file), "path": str(file.path)} for file in files]
+    return {
         "version": __version__,
         "source": _file_record(draft.path, draft.kind),
         "passthrough": [_file_record(path, "cs") for path in options.passthrough],
@@ -129,18 +124,16 @@ def _record(
         "conventions": asdict(options.remedies),
         "columns": draft.origins,
         "n_particles": len(particles),
-        "counts": {**draft.counts, "stacks": len(draft.stack_paths), "with_poses": _with_poses(particles)},
+        "counts": {
+            **draft.counts,
+            "stacks": len(draft.stack_paths),
+            "with_poses": len(particles) if particles.poses else 0,
+        },
         "unapplied_aberrations": draft.aberrations,
         "notes": draft.notes,
         "warnings": draft.warnings,
         "image_stacks": stacks or [{"source_path": path} for path in draft.stack_paths],
     }
-    info["fingerprint"] = _fingerprint(output / PARTICLES, stacks)
-    return info
-
-
-def _with_poses(particles: ParticleSet) -> int:
-    return 0 if particles.poses is None else len(particles)
 
 
 def _file_record(path: Path, kind: str) -> dict[str, Any]:
@@ -154,43 +147,14 @@ def _file_record(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _fingerprint(table: Path, stacks: Sequence[dict[str, Any]]) -> str:
-    """Changes with any value of the particle table, and with the size or time of an image file."""
-    with table.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(stacks, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
 def _say(info: dict[str, Any], particles: ParticleSet) -> None:
     for note in info["notes"]:
         log.info("%s", note)
     for item in info["unapplied_aberrations"]:
-        log.warning(
-            "not applied: %s, in %d of %d particles, up to %.4g: %s",
-            *(item["name"], item["rows"], len(particles), item["max"], item["effect"]),
-        )
+        log.warning("%s", aberration_note(item))
     for warning in info["warnings"]:
         log.warning("%s", warning)
     if particles.poses is None:
         log.warning("the source has no poses: preprocess can use it, consensus and train cannot")
     if (particles.optics.box_size_px == UNKNOWN_BOX).any():
         log.info("the box size is not known without the images (null in particles.parquet)")
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """The content of a folder's import.json.
-
-    Raises
-    ------
-    InputFormatError
-        If it is missing or damaged.
-    """
-    path = Path(folder) / INFO
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputFormatError(f"{path}: not found; make it with `cryodrgn-pipeline import`") from error
-    except ValueError as error:
-        raise InputFormatError(f"{path}: cannot be read ({error})") from error
-    return info

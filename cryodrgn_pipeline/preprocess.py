@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline import __version__
-from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing_directory, write_json
 from cryodrgn_pipeline.io.images import ParticleImages
 from cryodrgn_pipeline.io.imported import ImportedSource
@@ -61,7 +61,7 @@ def preprocess(
     InputFormatError
         If images are missing, truncated, changed since the import, not numbers, or smaller than the box.
     ConfigError
-        If `output` is something else than a stack.
+        If `output` is something else than a stack, or holds other files and would be replaced.
     """
     import_dir, output = Path(import_dir), Path(output)
     started = time.monotonic()
@@ -77,7 +77,11 @@ def preprocess(
     try:
         _check_box(images.box_size_px, settings.box_size_px, particles, images)
         needed = len(particles) * settings.box_size_px**2 * np.dtype(settings.dtype).itemsize
-        with sole_writer(output), full_disk_explained(output, needed), replacing_directory(output) as folder:
+        with (
+            sole_writer(output),
+            full_disk_explained(output, needed),
+            replacing_directory(output, (IMAGES, PARTICLES, NOISE, INFO)) as folder,
+        ):
             run = StackRun(particles, images, settings, folder)
             run.write_images(chunk_size, threads)
             noise = run.write_tables()
@@ -122,12 +126,7 @@ def _check_box(
 
 
 def _existing(output: Path, identity: dict[str, Any]) -> Stack | None:
-    """The stack at `output` if it is whole and of this identity; refuses to replace anything but a stack."""
-    if not output.exists():
-        return None
-    ours = {IMAGES, PARTICLES, NOISE, INFO}
-    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= ours:
-        raise ConfigError(f"{output}: exists and is no stack; choose another --output or remove it")
+    """The stack at `output` if it is whole and of this identity."""
     if not (output / INFO).exists():
         return None
     try:

@@ -21,7 +21,7 @@ from cryodrgn_pipeline.fourier.slices import (
     slice_coordinates,
     splat_slices,
 )
-from cryodrgn_pipeline.fourier.transforms import half_plane
+from cryodrgn_pipeline.fourier.transforms import half_plane, rfftn_radius
 from cryodrgn_pipeline.fourier_images import FourierImages, noise_weights, stream
 
 if TYPE_CHECKING:
@@ -117,10 +117,7 @@ class Backprojection:
 
 def grid_shells(grid_size: int, padding: int = PADDING, *, device: torch.device | str = "cpu") -> Tensor:
     """|k| in cycles per unpadded box of each point of a padded grid: `(E, E, E/2+1)` float32."""
-    k = torch.fft.fftfreq(grid_size, 1 / grid_size, device=device)
-    kx = torch.arange(grid_size // 2 + 1, device=device)
-    squared = k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2
-    return torch.sqrt(squared) / padding
+    return rfftn_radius(grid_size, device=device) / padding
 
 
 def shell_mean_weight(weight: Tensor, box_size_px: int) -> Tensor:

@@ -9,18 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.io.atomic import replacing, replacing_directory
 from cryodrgn_pipeline.io.mrc import MrcStackWriter, write_volume
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.simulation.images import ctf_plane, noise_filter, slices, volume
 from cryodrgn_pipeline.simulation.particles import Settings, SimulatedParticles, draw_particles
 from cryodrgn_pipeline.simulation.phantom import Phantom, make_phantom
-from cryodrgn_pipeline.simulation.write import (
-    write_cs,
-    write_description,
-    write_star,
-    write_truth,
-)
+from cryodrgn_pipeline.simulation.write import write_cs, write_description, write_star, write_truth
 
 __all__ = ["Settings", "simulate"]
 
@@ -28,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 128
 CALIBRATION_PARTICLES = 1024
+OURS = ("particles*.star", "particles*.cs", "stacks", "consensus.mrc", "truth", "simulate.json")
 
 
 def phantom_of(settings: Settings) -> Phantom:
@@ -77,7 +74,7 @@ def _signal_variance(particles: SimulatedParticles, phantom: Phantom, settings: 
     rows = np.unique(np.linspace(0, settings.particles - 1, CALIBRATION_PARTICLES).astype(np.int64))
     rows = rows[~particles.junk[rows]]
     if not len(rows):
-        raise ValueError("every particle is junk: nothing to set the noise by")
+        raise ConfigError("simulate: every particle is junk, nothing to set the noise by; lower --junk")
     total = 0.0
     for start in range(0, len(rows), CHUNK):
         images = _images(
@@ -160,7 +157,7 @@ def simulate(settings: Settings, output: Path) -> None:
     particles = draw_particles(settings)
     variance = _signal_variance(particles, phantom, settings)
     scale = float(np.sqrt(settings.snr / variance))
-    with replacing_directory(output) as folder:
+    with replacing_directory(output, ours=OURS) as folder:
         _write_stacks(folder, particles, phantom, settings, scale)
         _write_states(folder / "truth" / "volumes", folder / "consensus.mrc", phantom, settings, scale)
         write_star(folder / "particles.star", particles)

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.mrc import MrcImages
+from cryodrgn_pipeline.io.runs import read_json
 from cryodrgn_pipeline.io.tables import read_extra, read_particles
 from cryodrgn_pipeline.particles import ParticleSet
 
@@ -115,16 +117,24 @@ class Stack:
         return spectra
 
 
+def stack_rows(path: Path, subset: Path | None) -> tuple[Stack, NDArray[np.int64]]:
+    """A stack with poses and the rows of it that an id file names (None: all), ascending.
+
+    Raises
+    ------
+    InputFormatError
+        If there are no poses, or the file has ids that are not in the stack.
+    """
+    stack = Stack.open(path)
+    stack.particles.require_poses("train")
+    if subset is None:
+        return stack, np.arange(len(stack))
+    return stack, read_id_rows(subset, stack.particles.particle_id, f"the stack {path}")
+
+
 def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info = json.loads((path / INFO).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputFormatError(
-            f"{path}: no stack there ({INFO} is missing); make one with `cryodrgn-pipeline preprocess`"
-        ) from error
-    except ValueError as error:
-        raise InputFormatError(f"{path / INFO}: not readable as JSON: {error}") from error
+    info = read_json(path / INFO, "a stack is made with `cryodrgn-pipeline preprocess`")
     missing = [key for key in ("n_particles", "box_size_px", "pixel_size_a", "dtype") if key not in info]
     if missing:
         raise InputFormatError(f"{path / INFO}: lacks {', '.join(missing)}; make the stack again")
-    return dict(info)
+    return info

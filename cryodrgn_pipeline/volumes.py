@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from torch import Tensor
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.fourier.density import (
     crop_real,
-    density_from_half_ball,
-    half_ball,
     low_pass,
     mirror,
     solvent_level,
@@ -30,12 +27,12 @@ from cryodrgn_pipeline.io.runs import read_latents, read_z, write_columns
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
 from cryodrgn_pipeline.landscape.embed import principal_components
 from cryodrgn_pipeline.landscape.traverse import pc_traversal
+from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import progress
 
 log = logging.getLogger(__name__)
 
-OURS = ("vol_*.mrc", "volumes.parquet")
-POINTS_AT_ONCE = {"cpu": 16_384, "cuda": 1_000_000}
+OURS = ("vol_*.mrc", "volumes.parquet", "metrics.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +51,16 @@ class MapOptions:
 
 @torch.no_grad()
 def decode_volume(
-    model: TrainedModel, z: NDArray[np.floating[Any]], options: MapOptions
+    model: TrainedModel | LinearModel, z: NDArray[np.floating[Any]], options: MapOptions
 ) -> tuple[Tensor, float]:
     """The map of one latent: `(d, d, d)` float32 density, solvent at 0, and its voxel size in Å.
 
-    The decoder is asked at k and −k and the Hermitian mean is taken; the density is in the grey scale of
-    the images (a projection sums voxels), at any decoded box.
+    The density is in the grey scale of the images (a projection sums voxels), at any decoded box.
 
     Parameters
     ----------
     model
-        Weights with their normalisation.
+        What `load_model` gives.
     z
         `(latent_dim,)` latent coordinates.
     options
@@ -72,16 +68,7 @@ def decode_volume(
     """
     full = model.box_size_px
     d = options.box_size_px or full
-    device = next(model.vae.parameters()).device
-    points = half_ball(d, min(d / 2, model.vae.config.mask_radius * full / 2))
-    coordinates = points.flip(1).to(device, torch.float32) / full
-    latent = torch.as_tensor(np.asarray(z, dtype=np.float32), device=device)[None]
-    values = []
-    for part in torch.split(coordinates, POINTS_AT_ONCE[device.type]):
-        both = model.vae.decoder(torch.stack([part, -part]), latent.expand(2, -1))
-        values.append((both[0] + both[1].conj()) / 2)
-    coefficients = torch.cat(values).cpu() * (model.scale * (d / full) ** 3)
-    density = density_from_half_ball(coefficients, points, d)
+    density = model.density(torch.as_tensor(np.asarray(z, dtype=np.float32)), d)
     density -= solvent_level(density)
     voxel_size_a = model.pixel_size_a * full / d
     if options.low_pass_a is not None:
@@ -102,10 +89,9 @@ def decode_volumes(
     """
     model = load_model(run, device)
     _check(options, model)
-    if not len(z) or not np.isfinite(z).all() or z.shape[1] != model.vae.config.latent_dim:
+    if z.shape[1] != model.latent_dim:
         raise InputFormatError(
-            f"z holds {len(z)} rows of {z.shape[1]} numbers, {int((~np.isfinite(z)).sum())} of them not "
-            f"finite; the model of {run} expects rows of {model.vae.config.latent_dim} finite numbers"
+            f"z holds rows of {z.shape[1]} numbers; the model of {run} expects rows of {model.latent_dim}"
         )
     names = [f"vol_{i:03d}.mrc" for i in range(len(z))]
     with (
@@ -140,8 +126,7 @@ def latents_for(
         A csv of latents. `kmeans`: that many cluster centres, each a particle's own latent.
         `ids`: the mean latent of these particles. `pc`: `n` points along that principal component, from 1.
     """
-    chosen: Sequence[object | None] = [z_table, kmeans, ids, pc]
-    if sum(way is not None for way in chosen) != 1:
+    if sum(way is not None for way in (z_table, kmeans, ids, pc)) != 1:
         raise ConfigError("give exactly one of --z, --kmeans, --ids and --pc")
     if z_table is not None:
         return read_z(z_table).astype(np.float32)
@@ -159,7 +144,7 @@ def latents_for(
     return pc_traversal(components, pc, n)
 
 
-def _check(options: MapOptions, model: TrainedModel) -> None:
+def _check(options: MapOptions, model: TrainedModel | LinearModel) -> None:
     full, box, crop = model.box_size_px, options.box_size_px, options.crop_px
     if box is not None and (box % 2 or not 2 <= box <= full):
         raise ConfigError(f"--box-size {box}: expected an even number up to the model's {full} px")

@@ -101,6 +101,8 @@ def _snakemake_words() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--directory")
     parser.add_argument("-j", "--jobs")
     parser.add_argument("-n", "--dry-run", "--dryrun", action="store_true")
+    for switch in "aDfFklpqSt":  # known, so that -n is found in -np
+        parser.add_argument(f"-{switch}", action="store_true")
     return parser
 
 

@@ -252,6 +252,7 @@ def train_options(wildcards):
         "positional_encoding": "--positional-encoding",
         "domain": "--domain",
         "mask_radius": "--mask-radius",
+        "encoder_mask_radius": "--encoder-mask-radius",
         "encoder_input": "--encoder-input",
         "coordinate_fraction": "--coordinate-fraction",
         "held_out_fraction": "--held-out-fraction",
@@ -290,8 +291,11 @@ def analyze_options(wildcards):
 def series_of(wildcards):
     """The volume series that a run asks for: cluster centres, components, paths."""
     given = settings("volumes", run_of(wildcards))
-    drawn = settings("analyze", run_of(wildcards))["principal_components"]
-    components = min(given["principal_components"], drawn)
+    components = min(
+        given["principal_components"],
+        settings("analyze", run_of(wildcards))["principal_components"],
+        settings("train", run_of(wildcards))["latent_dim"],
+    )
     return [
         *(["centers"] if given["centers"] else []),
         *(f"pc{number}" for number in range(1, components + 1)),

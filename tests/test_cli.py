@@ -69,6 +69,12 @@ def test_init_writes_a_configuration_that_loads(tmp_path: Path) -> None:
     assert config.datasets["run_data"].particles == "job 1/run_data.star"
 
 
+def test_init_writes_a_name_that_yaml_takes_for_a_number_as_text(tmp_path: Path) -> None:
+    (tmp_path / "007.star").touch()
+    assert command_line("init", "--particles", "007.star", cwd=tmp_path).returncode == 0
+    assert list(load_config(tmp_path / "config.yaml").datasets) == ["007"]
+
+
 def test_init_without_particles_writes_the_template(tmp_path: Path) -> None:
     assert command_line("init", "-o", "new.yaml", cwd=tmp_path).returncode == 0
     assert load_config(tmp_path / "new.yaml").datasets == {}

@@ -50,6 +50,12 @@ def test_the_documentation_lists_every_key() -> None:
     assert config_table() in (CHECKOUT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
+def test_no_meaning_breaks_the_table_it_stands_in() -> None:
+    rows = [line for line in config_table().splitlines() if line.startswith("|")]
+    assert len(rows) > 50
+    assert [row for row in rows if row.replace(r"\|", "").count("|") != 4] == []
+
+
 def test_the_template_is_a_valid_configuration_that_says_nothing_but_defaults(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, config_text())) == Config()
 

@@ -130,9 +130,11 @@ def test_a_mask_of_another_box_or_range_is_refused(stack: Stack, tmp_path: Path)
     write_volume(other, np.ones((20, 20, 20), np.float32), PIXEL_SIZE_A)
     with pytest.raises(InputFormatError, match="20 x 20 x 20"):
         consensus(stack.path, tmp_path / "out", check="off", mask=other)
-    write_volume(other, 7 * np.ones((24, 24, 24), np.float32), PIXEL_SIZE_A)
-    with pytest.raises(InputFormatError, match="between 0 and 1"):
-        consensus(stack.path, tmp_path / "out", check="off", mask=other)
+    for wrong_voxel in (7.0, np.nan):
+        write_volume(other, np.ones((24, 24, 24), np.float32), PIXEL_SIZE_A)
+        other.write_bytes(other.read_bytes()[:-4] + np.float32(wrong_voxel).tobytes())
+        with pytest.raises(InputFormatError, match="between 0 and 1"):
+            consensus(stack.path, tmp_path / "out", check="off", mask=other)
 
 
 def test_references_that_cannot_be_used_say_why(tmp_path: Path) -> None:

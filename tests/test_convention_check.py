@@ -112,6 +112,14 @@ def test_dark_particles_are_named_with_the_sign_opposite_to_the_one_in_use(evide
     assert remedies(inverted) == {"contrast": "contrast_sign: 1"}
 
 
+def test_where_contrast_signs_differ_no_line_can_mend_them_and_none_is_offered(evidence: Evidence) -> None:
+    check = run_tests(dark(evidence), replace(SOURCE, contrast_sign=None), None)
+    assert remedies(check) == {"contrast": None}
+    assert "contrast signs differ" in check.message()
+    assert "config.yaml" not in check.message()
+    assert "import again" not in check.message()
+
+
 def test_two_errors_at_once_are_both_named(evidence: Evidence, reference: Reference) -> None:
     check = run_tests(spoilt(evidence, transpose=True, negate=True), SOURCE, reference)
     assert remedies(check) == {"rotation": "transpose_rotations: true", "shift_sign": "negate_shifts: true"}

@@ -17,6 +17,7 @@ from cryodrgn_pipeline.evaluate import (
     fsc_auc,
     knn_r2,
     latent_r2,
+    leakage,
     moving_mask,
     read_truth,
     sample_points,
@@ -90,6 +91,12 @@ def test_r2_is_one_for_a_coordinate_the_latent_holds_and_none_for_one_it_does_no
     assert "constant" not in scores
 
 
+def test_a_defocus_that_does_not_vary_cannot_leak():
+    rng = np.random.default_rng(5)
+    z, view = rng.normal(size=(100, 2)), rng.normal(size=(100, 3))
+    assert set(leakage(z, view, np.full(100, 15000.0))) == {"viewing_direction"}
+
+
 def test_r2_is_the_share_of_the_variance_that_can_be_known():
     rng = np.random.default_rng(4)
     z = rng.uniform(size=(8000, 1))
@@ -128,6 +135,17 @@ def test_the_moving_mask_tells_a_wrong_state_better_than_the_whole_map(made, tmp
         write_volume(tmp_path / f"vol_{number:03d}.mrc", density, pixel_a)
     scores = evaluate(tmp_path, made)["fsc_auc"]
     assert scores["moving"] < scores["union"] < 7 / 16
+
+
+def test_the_thousandth_volume_comes_after_the_one_before(made, tmp_path):
+    truth = read_truth(made)
+    rows = [int(np.flatnonzero(truth.nearest_state(truth.particle_states) == state)[0]) for state in (0, 4)]
+    (tmp_path / "ids.txt").write_text("\n".join(truth.table["particle_id"][rows]) + "\n")
+    for name, state in (("vol_999", 0), ("vol_1000", 4)):
+        write_volume(tmp_path / f"{name}.mrc", truth.volumes[state], 12.0)
+    assert evaluate(tmp_path, made, particles=tmp_path / "ids.txt")["fsc_auc"]["moving"] == pytest.approx(
+        7 / 16
+    )
 
 
 def test_volumes_that_belong_to_no_known_state_are_refused(made, tmp_path):

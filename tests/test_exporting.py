@@ -19,6 +19,7 @@ from particle_files import (
     particle_columns,
     write_cryosparc,
     write_relion,
+    write_stack,
 )
 
 from cryodrgn_pipeline.conventions import rotation_from_relion
@@ -73,7 +74,7 @@ def test_repeats_of_an_image_are_exported_one_by_one(tmp_path: Path) -> None:
     columns = particle_columns(3) | {"rlnImageName": ["1@a.mrcs", "1@a.mrcs", "1@a.mrcs"]}
     source = write_relion(tmp_path / "p.star", columns)
     import_particles(source, tmp_path / "import", METADATA_ONLY)
-    ids = subset_file(tmp_path, ["1@a.mrcs#2"])
+    ids = subset_file(tmp_path, ["\ufeff1@a.mrcs#2"])  # with a spreadsheet's byte order mark
     assert export_particles(tmp_path / "import", tmp_path / "out.star", ids).particles == 1
     again = import_particles(tmp_path / "out.star", tmp_path / "again", METADATA_ONLY)
     assert again.ctf.defocus_u_a.tolist() == [columns["rlnDefocusU"][1]]
@@ -156,6 +157,21 @@ def test_the_source_is_never_overwritten_nor_trusted_after_a_change(tmp_path: Pa
         export_particles(tmp_path / "import", tmp_path / "out.star")
 
 
+def test_a_passthrough_of_the_source_is_not_overwritten_either(tmp_path: Path) -> None:
+    columns = cs_columns(4, poses=False)
+    other = {"uid": columns["uid"]} | alignment_columns("alignments3D", 4)
+    source = write_cryosparc(tmp_path / "J7_particles.cs", columns)
+    passthrough = write_cryosparc(tmp_path / "J7_passthrough_particles.cs", other)
+    before = passthrough.read_bytes()
+    options = ImportOptions(metadata_only=True, passthrough=(passthrough,))
+    import_particles(source, tmp_path / "import", options)
+    ids = subset_file(tmp_path, [columns["uid"][0]])
+    with pytest.raises(ConfigError, match=r"J7_passthrough_particles\.cs is a file .* imported from"):
+        export_particles(tmp_path / "import", tmp_path / "J7.cs", ids)
+    assert passthrough.read_bytes() == before
+    assert not (tmp_path / "J7.cs").exists()
+
+
 # ── To the other package and back ──
 
 
@@ -194,6 +210,7 @@ def particle_sets(draw: st.DrawFn) -> ParticleSet:
     angles = draw(hnp.arrays(np.float64, (3, n), elements=angle))
     shift = np.stack([draw(numbers(-50, 50, n)), draw(numbers(-50, 50, n))], axis=1)
     groups = draw(hnp.arrays(np.int64, n, elements=st.integers(1, 3)))
+    posed = draw(st.booleans())
     return ParticleSet(
         particle_id=np.array([f"{i}@x" for i in range(n)], dtype=object),
         images=ImageRef(
@@ -215,9 +232,10 @@ def particle_sets(draw: st.DrawFn) -> ParticleSet:
             defocus_angle_deg=draw(numbers(-180, 180, n)),
             phase_shift_deg=draw(numbers(0, 180, n)),
         ),
-        poses=Poses(rotation=rotation_from_relion(*angles), shift_a=shift) if draw(st.booleans()) else None,
+        poses=Poses(rotation=rotation_from_relion(*angles), shift_a=shift) if posed else None,
         contrast_sign=np.ones(n),
-        half_set=None,
+        half_set=draw(hnp.arrays(np.int64, n, elements=st.integers(1, 2))) if posed else None,
+        class_number=draw(hnp.arrays(np.int64, n, elements=st.integers(0, 3))) if posed else None,
         micrograph=np.array([f"{i:05d}" for i in range(n)], dtype=object) if draw(st.booleans()) else None,
     )
 
@@ -237,6 +255,10 @@ def test_star_to_cs_to_star_is_the_identity(particles: ParticleSet) -> None:
     assert_same_particles(first, second, 2e-7)
     assert_same_particles(first, third, 2e-7)
     assert third.particle_id.tolist() == first.particle_id.tolist()
+    np.testing.assert_array_equal(second.class_number, particles.class_number)
+    np.testing.assert_array_equal(third.class_number, first.class_number)
+    if particles.class_number is not None:
+        np.testing.assert_array_equal(first.class_number, particles.class_number + 1)  # RELION's first is 1
 
 
 @pytest.mark.parametrize("name", ["relion30_pfcrt.star", "relion31.star", "empiar_10076_7.star"])
@@ -266,6 +288,15 @@ def test_images_are_named_as_in_the_source_not_where_they_were_found(
     import_particles(shared_data / "relion31.star", tmp_path / "1")
     export_particles(tmp_path / "1", tmp_path / "two.cs")
     assert set(CsTable(tmp_path / "two.cs").column("blob/path")) == {"relion31.mrcs"}
+
+
+def test_relions_mark_of_a_stack_stays_out_of_paths(tmp_path: Path) -> None:
+    stack = write_stack(tmp_path / "s.mrc")
+    source = write_relion(tmp_path / "p.star", particle_columns(stack="s.mrc:mrcs"))
+    for options, path in ((ImportOptions(), str(stack)), (METADATA_ONLY, "s.mrc")):
+        assert import_particles(source, tmp_path / "1", options).images.stack_paths == (path,)
+        export_particles(tmp_path / "1", tmp_path / "two.cs")
+        assert set(CsTable(tmp_path / "two.cs").column("blob/path")) == {"s.mrc"}
 
 
 def test_remedies_and_overrides_reach_the_other_packages_file(tmp_path: Path) -> None:

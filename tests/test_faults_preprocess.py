@@ -127,9 +127,22 @@ def test_an_import_without_images_is_refused_with_the_cure(tmp_path: Path, image
 def test_a_folder_that_is_no_stack_is_never_replaced(tmp_path: Path, source: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(ConfigError, match="exists and is no stack"):
+    with pytest.raises(ConfigError, match=r"not this step's output, e\.g\. 'thesis\.tex'"):
         preprocess(source, tmp_path / "mine", SETTINGS)
+    with pytest.raises(ConfigError, match="is a file where a folder"):
+        preprocess(source, tmp_path / "mine" / "thesis.tex", SETTINGS)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+
+
+def test_a_note_beside_a_finished_stack_is_no_trouble_until_the_stack_would_be_replaced(
+    tmp_path: Path, source: Path
+) -> None:
+    stack = preprocess(source, tmp_path / "stack", SETTINGS)
+    (stack.path / "note.txt").write_text("the good one")
+    assert preprocess(source, stack.path, SETTINGS).fingerprint == stack.fingerprint
+    with pytest.raises(ConfigError, match=r"note\.txt"):
+        preprocess(source, stack.path, PreprocessSettings(box_size_px=12))
+    assert (stack.path / "note.txt").exists()
 
 
 def test_a_broken_stack_is_made_again(tmp_path: Path, source: Path) -> None:

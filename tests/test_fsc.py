@@ -9,11 +9,9 @@ import torch
 from cryodrgn_pipeline.fourier.fsc import (
     corrected_fsc,
     fsc,
-    half_to_full_fsc,
     mean_fsc,
     randomise_phases,
     resolution_a,
-    shell_counts,
     shell_index,
 )
 from cryodrgn_pipeline.fourier.masks import particle_mask, soft_ball
@@ -43,15 +41,12 @@ def test_fsc_equals_the_sum_over_every_coefficient_of_the_full_transform() -> No
             (abs(f[at]) ** 2).sum() * (abs(g[at]) ** 2).sum()
         )
         assert value == pytest.approx(expected, rel=1e-4)
-        assert float(shell_counts(10)[number]) == at.sum()
 
 
 def test_half_maps_of_known_noise_give_the_known_fsc() -> None:
     signal = noise(32, 5)
     curve = fsc(signal + noise(32, 6), signal + noise(32, 7))
     assert float(curve[8:].mean()) == pytest.approx(0.5, abs=0.03)
-    full = fsc((signal + noise(32, 6) + signal + noise(32, 7)) / 2, signal)
-    assert float((full**2)[8:].mean()) == pytest.approx(float(half_to_full_fsc(curve)[8:].mean()), abs=0.03)
 
 
 def test_resolution_is_where_the_curve_first_falls_below_interpolated() -> None:
@@ -103,12 +98,12 @@ def test_the_particle_mask_holds_the_particle_and_little_else() -> None:
 
 
 def test_specks_far_from_the_particle_are_left_out_of_the_mask() -> None:
-    volume = density(32)
-    volume[4:6, 4:6, 16] = volume.max()
-    assert float(particle_mask(volume)[4, 4, 16]) == 0
+    volume = density(48)
+    volume[24, 24, 43] = 4 * volume.max()  # enough to pass the threshold after the low-pass
+    assert float(particle_mask(volume)[24, 24, 43]) == 0
 
 
 def test_where_nothing_stands_out_the_mask_is_the_ball() -> None:
-    mask = particle_mask(-density(32).abs() * 0, noise=noise(32, 13))
+    mask = particle_mask(torch.zeros(32, 32, 32), noise=noise(32, 13))
     assert float(mask[16, 16, 16]) == 1
     assert float(mask.mean()) > 0.2

@@ -152,6 +152,25 @@ def test_a_graph_traversal_connects_separate_blobs():
     assert rows[-1] == 100
 
 
+def test_a_graph_of_far_apart_blobs_has_no_more_edges_than_one_of_near_ones(monkeypatch):
+    import sklearn.neighbors
+
+    asked = []
+
+    def counted(points, neighbours, **options):
+        asked.append(neighbours)
+        return kneighbors_graph(points, neighbours, **options)
+
+    kneighbors_graph = sklearn.neighbors.kneighbors_graph
+    monkeypatch.setattr(sklearn.neighbors, "kneighbors_graph", counted)
+    rows = graph_traversal(blobs(), np.array([45, 100]), n=30)[1]
+    assert asked == [10]
+    assert [(row // 40) for row in rows[[0, -1]]] == [1, 2]
+    assert 0 in rows // 40  # by way of the blob between them
+    twins = np.repeat([[0.0, 0.0], [1.0, 0.0]], 30, axis=0)
+    assert graph_traversal(twins, np.array([0, 59]))[0].tolist() == [[0, 0], [1, 0]]
+
+
 def test_robust_scores_ignore_the_outliers_they_measure():
     values = np.r_[np.random.default_rng(0).normal(10, 2, 2000), [1e6] * 50]
     score = robust_z_score(values)
@@ -238,6 +257,11 @@ def test_paths_pass_the_clusters_asked_for(tmp_path: Path):
         np.testing.assert_allclose(path[[0, -1]], centers[[4, 1]], rtol=1e-6)
     with pytest.raises(ConfigError, match="no cluster 6; there are 0 to 5"):
         analyze_run(tmp_path, AnalysisSettings(clusters=6, umap=False, through=(0, 6)))
+
+
+def test_a_umap_of_too_few_particles_is_refused():
+    with pytest.raises(ConfigError, match="--umap-max 3: at least 20"):
+        AnalysisSettings(umap_fit_at_most=3)
 
 
 def test_a_missing_latent_table_says_how_to_make_one(tmp_path: Path):

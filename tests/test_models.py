@@ -99,6 +99,7 @@ def test_the_kl_divergence_agrees_with_torch_distributions():
         {"positional_encoding": "none"},
         {"domain": "real"},
         {"mask_radius": 1.5},
+        {"mask_radius": 0.2},
         {"encoder_mask_radius": 1.2},
         {"encoder_input": "real"},
     ],

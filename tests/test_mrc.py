@@ -17,7 +17,6 @@ from cryodrgn_pipeline.io.mrc import (
     MrcStackWriter,
     read_header,
     read_volume,
-    stack_paths,
     write_volume,
 )
 
@@ -161,12 +160,3 @@ def test_a_volume_round_trips_with_voxel_size_origin_and_space_group(tmp_path: P
         assert mrc.header.label[0].startswith(b"cryodrgn_pipeline")
     with pytest.raises(ValueError, match="voxel size"):
         write_volume(tmp_path / "v.mrc", volume, 0.0)
-
-
-def test_a_text_list_names_stacks_relative_to_itself(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("# stacks\na.mrcs\n\nsub/b.mrcs\n")
-    assert stack_paths(tmp_path / "list.txt") == [tmp_path / "a.mrcs", tmp_path / "sub" / "b.mrcs"]
-    assert stack_paths(tmp_path / "a.mrcs") == [tmp_path / "a.mrcs"]
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(InputFormatError, match="lists no stack"):
-        stack_paths(tmp_path / "empty.txt")

@@ -175,19 +175,7 @@ def test_white_noise_of_a_group_is_measured_per_cropped_coefficient(tmp_path: Pa
     np.testing.assert_allclose(stack.total_power[1][1:8], truth, rtol=0.15)
 
 
-def test_a_text_list_of_stacks_counts_through_its_files(tmp_path: Path) -> None:
-    images = smooth_images(9, 32)
-    write_stack(tmp_path / "a.mrcs", images[:4])
-    write_stack(tmp_path / "b.mrcs", images[4:])
-    (tmp_path / "all.txt").write_text("a.mrcs\nb.mrcs\n")
-    particles = particle_set([tmp_path / "all.txt"], [0] * 5, [8, 0, 4, 3, 4])
-    stack = make(tmp_path, particles, window=False)
-    for row, number in enumerate([8, 0, 4, 3, 4]):
-        wanted = expected(particles, row, images[number], 16)
-        np.testing.assert_allclose(stack.read(np.array([row]))[0], wanted, atol=1e-5)
-
-
-def test_a_finished_stack_is_kept_and_one_of_other_options_replaced(
+def test_a_finished_stack_is_kept_and_one_of_other_options_or_particles_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     particles, _ = mixed_set(tmp_path)
@@ -199,6 +187,8 @@ def test_a_finished_stack_is_kept_and_one_of_other_options_replaced(
     assert any("is there already" in record.getMessage() for record in caplog.records)
     other = make(tmp_path, particles, box_size_px=12)
     assert other.box_size_px == 12
+    fewer = make(tmp_path, particles.take(np.arange(50) < 49), box_size_px=12)
+    assert len(fewer) == 49
     assert {path.name for path in tmp_path.iterdir()} == {"0.mrcs", "1.mrcs", "imported", "stack"}
 
 
@@ -206,12 +196,12 @@ def test_unapplied_aberrations_are_said_again_one_line_each(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     particles, _ = mixed_set(tmp_path)
-    item = {"name": "beam tilt", "rows": 12, "max": 0.3, "effect": "phase error"}
+    item = {"name": "beam tilt", "rows": 12, "of": 50, "max": 0.1 + 0.2, "effect": "phase error"}
     source = import_folder(tmp_path / "imported", particles, unapplied_aberrations=[item])
     with caplog.at_level(logging.WARNING):
         stack = preprocess(source, tmp_path / "stack", PreprocessSettings(box_size_px=16))
     said = [record.getMessage() for record in caplog.records if "beam tilt" in record.getMessage()]
-    assert said == ["beam tilt is not applied: 12 of 50 particles, up to 0.3; phase error"]
+    assert said == ["beam tilt is not applied: 12 of 50 rows, up to 0.3; phase error"]
     assert stack.info["notes"] == said
 
 

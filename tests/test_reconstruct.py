@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.fourier.fsc import fsc
 from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane, half_plane_coefficients
@@ -143,7 +144,7 @@ def test_noise_weights_follow_the_spectrum_of_each_group() -> None:
     assert float(ratio[plane.radius == 1][0]) == pytest.approx(2)
     assert float(ratio[plane.radius == 3][0]) == pytest.approx(0.5)
     for wrong in (np.zeros(5), np.array([1.0, np.nan, 1, 1, 1])):
-        with pytest.raises(ValueError, match="not positive"):
+        with pytest.raises(InputFormatError, match=r"optics group 1 .* must be positive"):
             noise_weights({1: wrong}, plane)
 
 

@@ -48,6 +48,12 @@ def test_select_writes_the_ids_of_a_cluster_in_source_order_and_prints_the_count
     assert result.stdout == f"{len(expected)} of 240 particles: {out}\n"
 
 
+def test_no_cluster_at_all_is_refused_instead_of_keeping_everything(run: Path, tmp_path: Path):
+    arguments = ["select", str(run), "--cluster", "", "-o", str(tmp_path / "ids.txt")]
+    with pytest.raises(ConfigError, match="whole numbers separated by commas expected"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
 def test_conditions_combine_by_and_and_invert_turns_the_whole_around(run: Path):
     rows = table(run)
     both = (rows["z_0"] >= -1) & (rows["z_0"] <= 2) & ~rows["junk"]

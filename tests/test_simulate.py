@@ -312,6 +312,22 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, option, value):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "cure"), [("--junk 1", "lower --junk"), ("--motion slide --motion-range 500", "--motion-range")]
+)
+def test_a_set_that_cannot_be_made_says_what_to_change(tmp_path, words, cure):
+    result = CliRunner().invoke(app, ["simulate", "-o", str(tmp_path / "set"), *words.split()])
+    assert isinstance(result.exception, ConfigError)
+    assert cure in str(result.exception)
+
+
+def test_a_folder_with_the_users_own_files_is_not_replaced(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ConfigError, match=r"mine\.txt"):
+        simulate(Settings(particles=4, states=2, box_size=8), tmp_path)
+    assert (tmp_path / "mine.txt").exists()
+
+
 @pytest.mark.parametrize("form", ["star", "cs"])
 def test_import_finds_the_true_poses_defoci_and_images_in_either_form(made, tmp_path, form):
     arguments = ["import", str(made / f"particles.{form}"), "-o", str(tmp_path / "imported")]

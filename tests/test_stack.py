@@ -72,7 +72,7 @@ def test_what_is_no_stack_is_refused_with_the_verb_that_makes_one(stack: Stack, 
     with pytest.raises(InputFormatError, match="cryodrgn-pipeline preprocess"):
         Stack.open(tmp_path)
     (stack.path / "stack.json").write_text("{")
-    with pytest.raises(InputFormatError, match="not readable as JSON"):
+    with pytest.raises(InputFormatError, match=r"stack\.json: not JSON .* `cryodrgn-pipeline preprocess`"):
         Stack.open(stack.path)
     (stack.path / "stack.json").write_text("{}")
     with pytest.raises(InputFormatError, match="lacks n_particles"):

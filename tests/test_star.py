@@ -41,11 +41,14 @@ def test_blocks_are_found_in_either_order(tmp_path: Path) -> None:
 def test_a_block_that_is_no_loop_has_one_row(tmp_path: Path) -> None:
     path = tmp_path / "p.star"
     path.write_text(
-        "data_optics\n\n_rlnOpticsGroup 1\n_rlnOpticsGroupName 'two words'\n_rlnVoltage  200.0\n\n"
+        "data_optics\n\n_rlnOpticsGroup 1\n_rlnOpticsGroupName 'two words'\n_rlnVoltage  200.0\n"
+        "_rlnMtfFileName /data/o'hara/mtf.star\n_rlnA \"it's\"\n\n"
     )
     block = scan_blocks(path)[0]
-    table = read_table(path, block, ["rlnOpticsGroupName"], ["rlnOpticsGroup", "rlnVoltage"])
-    assert table.text("rlnOpticsGroupName").to_pylist() == ["two words"]
+    texts = ["rlnOpticsGroupName", "rlnMtfFileName", "rlnA"]
+    table = read_table(path, block, texts, ["rlnOpticsGroup", "rlnVoltage"])
+    read = [table.text(name).to_pylist() for name in texts]
+    assert read == [["two words"], ["/data/o'hara/mtf.star"], ["it's"]]
     assert table.numbers("rlnVoltage").tolist() == [200]
     assert table.integers("rlnOpticsGroup").tolist() == [1]
 

@@ -1,4 +1,4 @@
-"""particles.parquet holds what was put in, and says what is wrong with a table that is not one."""
+"""particles.parquet holds what was put in; what is wrong with a table that is not one is said."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.runs import read_z
 from cryodrgn_pipeline.io.tables import read_extra, read_particles, write_particles
 from cryodrgn_pipeline.particles import Ctf, ImageRef, Optics, ParticleSet, Poses
 
@@ -123,7 +124,7 @@ def test_a_table_without_a_needed_column_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_damaged_table_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(InputFormatError, match="no such particle table"):
+    with pytest.raises(InputFormatError, match="no such table; `cryodrgn-pipeline import`"):
         read_particles(tmp_path / "none.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputFormatError, match="not a readable Parquet"):
@@ -142,3 +143,21 @@ def test_columns_of_unequal_length_are_refused() -> None:
             contrast_sign=particles.contrast_sign,
             half_set=np.array([1, 2]),
         )
+
+
+def test_a_table_of_latents_saved_by_a_spreadsheet_is_read_and_one_without_numbers_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "z.csv"
+    path.write_bytes(b"\xef\xbb\xbfz_0,z_1\r\n0.5,-1\r\n")
+    np.testing.assert_array_equal(read_z(path), [[0.5, -1]])
+    for content in (
+        "z_0,z_1\n",
+        "z_0,z_1\n1,nan\n",
+        "z_0,z_1\n1,two\n",
+        "z_0,z_1\n1,2,3\n",
+        "z_1,z_0\n1,2\n",
+    ):
+        path.write_text(content)
+        with pytest.raises(InputFormatError, match=r"z\.csv: .* expected"):
+            read_z(path)

@@ -101,8 +101,10 @@ def test_a_snakefile_and_a_configfile_are_enough(project: Path) -> None:
 
 def test_a_configfile_stands_alone_beside_a_config_yaml(project: Path) -> None:
     configured(project, {"datasets": {"yours": {"particles": "p.star"}}}, "other.yaml")
-    words = commands("-s", SNAKEFILE, "--configfile", "other.yaml", cwd=project)
-    assert {path for line in words for path in line if "mine" in path} == set()
+    lines = commands("-s", SNAKEFILE, "--configfile", "other.yaml", cwd=project)
+    words = [word for line in lines for word in line]
+    assert "results/yours/import" in words
+    assert not [word for word in words if "results/mine" in word]
 
 
 def test_the_run_verb_passes_options_and_the_exit_code_on(project: Path) -> None:
@@ -123,7 +125,9 @@ def test_our_profiles_are_found_by_name_and_a_users_by_path(tmp_path: Path) -> N
     assert theirs[-2:] == ["--profile", str(tmp_path)]
 
 
-@pytest.mark.parametrize(("extra", "cores"), [([], True), (["-j", "3"], False), (["--jobs=3"], False)])
+@pytest.mark.parametrize(
+    ("extra", "cores"), [([], True), (["-np"], True), (["-j", "3"], False), (["--jobs=3"], False)]
+)
 def test_all_cores_are_taken_unless_something_else_is_said(
     tmp_path: Path, extra: list[str], cores: bool
 ) -> None:
@@ -247,6 +251,46 @@ def test_every_setting_of_the_training_verb_can_be_configured() -> None:
     spoken = {"lazy": "in_memory"}
     settings = {spoken.get(parameter.name, parameter.name) for parameter in verb.params}
     assert settings - said_by_the_workflow == set(Train.model_fields)
+
+
+def test_every_setting_of_the_training_reaches_the_verb(project: Path) -> None:
+    from cryodrgn_pipeline.config.models import Train
+
+    train = {
+        "latent_dim": 1,
+        "epochs": 2,
+        "batch_size": 3,
+        "learning_rate": 4.0,
+        "beta": 5.0,
+        "encoder_layers": 6,
+        "encoder_width": 7,
+        "encoder_type": "mlp",
+        "decoder_layers": 8,
+        "decoder_width": 9,
+        "decoder_type": "mlp",
+        "positional_encoding": "geometric",
+        "domain": "hartley",
+        "mask_radius": 0.1,
+        "encoder_mask_radius": 0.2,
+        "encoder_input": "image",
+        "coordinate_fraction": 0.3,
+        "held_out_fraction": 0.4,
+        "checkpoint_every_epochs": 11,
+        "checkpoint_every_minutes": 12.0,
+        "seed": 13,
+        "device": "cpu",
+        "in_memory": True,
+        "amp": True,
+    }
+    assert set(train) == set(Train.model_fields) - {"method"}
+    analyze = {"principal_components": 2}
+    configured(project, {"datasets": {"mine": {"particles": "p.star"}}, "train": train, "analyze": analyze})
+    lines = commands("-s", SNAKEFILE, cwd=project)
+    verb = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    (given,) = (verb.make_context("train", line[1:]).params for line in lines if line[0] == "train")
+    given["in_memory"], given["beta"] = not given["lazy"], float(given["beta"])
+    assert {name: given[name] for name in train} == train
+    assert sum(line[0] == "volumes" for line in lines) == 2  # centers, and pc1 of the one dimension
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:

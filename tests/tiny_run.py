@@ -66,7 +66,7 @@ def make_run(run: Path, n: int = 240, ids: str = "star") -> Path:
         "stack_fingerprint": "ab" * 32,
         "seed": 0,
         "device": "cpu",
-        "wall_s": 29.4,
+        "training_seconds": 29.4,
         "n_particles": n,
         "subset": None,
     }

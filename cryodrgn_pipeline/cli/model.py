@@ -15,7 +15,9 @@ from cryodrgn_pipeline.errors import ConfigError
 def train(
     stack: Annotated[Path, typer.Argument(help="Stack folder that preprocess wrote.")],
     run: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")],
-    method: Annotated[str, typer.Option(help="Model: vae.")] = "vae",
+    method: Annotated[
+        str, typer.Option(help="Model: vae (nonlinear), or subspace (linear, in minutes).")
+    ] = "vae",
     latent_dim: Annotated[int, typer.Option(min=1, help="Size of z.")] = 8,
     subset: Annotated[
         Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
@@ -78,8 +80,16 @@ def train(
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first --epochs 25 --coordinate-fraction 0.25
     """
-    if method != "vae":
-        raise ConfigError(f"--method {method}: expected vae")
+    if method not in ("vae", "subspace"):
+        raise ConfigError(f"--method {method}: expected vae or subspace")
+    if method == "subspace":
+        from cryodrgn_pipeline.subspace.fit import SubspaceSettings
+        from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
+
+        linear = SubspaceSettings(max_components=latent_dim, seed=seed)
+        train_subspace(SubspaceRequest(stack=stack, run=run, subset=subset, settings=linear, threads=threads))
+        typer.echo(run / "latent.parquet")
+        return
     if beta != "auto":
         try:
             float(beta)

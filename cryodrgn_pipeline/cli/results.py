@@ -1,4 +1,4 @@
-"""The verbs of this part of the command line: analyze, select, report."""
+"""The verbs of this part of the command line: analyze, select, report, evaluate."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def analyze(
         float,
         typer.Option(help="Robust standard deviations of loss or |z| above which a particle is flagged."),
     ] = 5.0,
-    seed: Annotated[int, typer.Option(help="Seed of k-means and UMAP.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of k-means and UMAP.")] = 0,
 ) -> None:
     """Embed, cluster and score a run's particles, and lay paths through its latent.
 
@@ -178,7 +178,7 @@ def report(
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in text.split(",") if word.strip())
+        return tuple(int(word) for word in text.split(","))
     except ValueError as error:
         raise ConfigError(
             f"{option} {text!r}: whole numbers separated by commas expected, such as 0,3"

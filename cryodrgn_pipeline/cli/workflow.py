@@ -79,7 +79,7 @@ def demo_verb(
     ),
     cores: Annotated[str, typer.Option("-c", "--cores", help="Number of cores, or all.")] = "2",
     small: Annotated[
-        bool, typer.Option("--small", help="A minute instead of ten: shows that it runs, no more.")
+        bool, typer.Option("--small", help="A set of a minute: shows that it runs, no more.")
     ] = False,
 ) -> None:
     """Simulate particles with known answers, run the whole workflow on them and say what it found.

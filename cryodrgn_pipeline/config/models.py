@@ -67,9 +67,11 @@ class Consensus(Section):
 
 
 class Train(Section):
-    """The variational autoencoder and its training."""
+    """The latent model and its training; what is said of encoder, decoder and epochs is the vae's."""
 
-    method: Literal["vae"] = Field("vae", description="the model")
+    method: Literal["vae", "subspace"] = Field(
+        "vae", description="vae, or subspace: linear, in minutes; takes latent_dim and seed only"
+    )
     latent_dim: Count = Field(8, description="dimensions of z")
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
     batch_size: Count = Field(16, description="images per step")
@@ -116,7 +118,7 @@ class Volumes(Section):
     source: Literal["decoder"] = Field("decoder", description="where the volumes come from")
     centers: bool = Field(True, description="one volume per cluster centre of the analysis")
     principal_components: Annotated[int, Field(ge=0)] = Field(
-        2, description="a series along each of the first so many; up to analyze's"
+        2, description="a series along each of the first so many; at most analyze's, and latent_dim"
     )
     direct_path: bool = Field(False, description="a series along the straight line between clusters")
     graph_path: bool = Field(False, description="a series along a path that stays among the particles")
@@ -144,7 +146,9 @@ class Analyze(Section):
         [], description="clusters that the direct and graph paths pass; [] = the two farthest apart"
     )
     umap: bool = Field(True, description="compute a UMAP; minutes for a million particles")
-    umap_max_particles: Count = Field(200_000, description="particles the UMAP is fitted to")
+    umap_max_particles: Annotated[int, Field(ge=20)] = Field(
+        200_000, description="particles the UMAP is fitted to"
+    )
     junk_threshold: Positive = Field(
         5.0, description="robust standard deviations of loss or |z| above which a particle is flagged"
     )

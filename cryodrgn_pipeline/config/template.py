@@ -55,7 +55,7 @@ def config_text(datasets: dict[str, dict[str, Any]] | None = None, sections: Con
     if datasets:
         parts.append("datasets:")
         for name, given in datasets.items():
-            parts.append(f"  {name}:")
+            parts.append(f"  {_flow(name)}:")
             parts += [_indented(_dataset_lines(given), 4)]
     else:
         parts += ["datasets: {}", EXAMPLE.rstrip()]
@@ -140,7 +140,8 @@ def _row(name: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else f"`{_flow(_plain(field.default))}`"
     if isinstance(field.default, BaseModel) and (field.description or "").startswith("what differs"):
         default = "`{}`"
-    return f"| `{field.alias or name}` | {default} | {field.description or ''} |"
+    meaning = (field.description or "").replace("|", r"\|")
+    return f"| `{field.alias or name}` | {default} | {meaning} |"
 
 
 def _plain(value: Any) -> Any:

@@ -2,16 +2,15 @@
 
 A crop D₀ → D keeps the frequencies −D/2 … D/2 and the field of view; it multiplies the unnormalised
 coefficients by (D/D₀)², so that a cropped image has the real-space mean and contrast of the original.
-On the new grid +D/2 and −D/2 are one frequency: it gets the mean of both, so the image is real and the
-crop has an adjoint, `fourier_pad` (up to that factor).
+On the new grid +D/2 and −D/2 are one frequency: it gets the mean of both, so that the image is real.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-
-from cryodrgn_pipeline.fourier.shift import phase_ramp
 
 
 def cropped_spectrum(
@@ -33,7 +32,7 @@ def cropped_spectrum(
     Returns
     -------
     `(B, D, D/2+1)` complex64: the unnormalised transform of the cropped image, as of `torch.fft.rfft2`
-    (origin at index 0), but for the imaginary part of its last column, which the inverse ignores.
+    (origin at index 0), but for its last column: `images_of` takes the mean of +D/2 and −D/2 there.
     """
     n, original, d = len(images), images.shape[-1], box_size_px
     if d % 2 or not 0 < d <= original or images.shape[-2] != original:
@@ -44,8 +43,8 @@ def cropped_spectrum(
     shift = shift + (original / 2 - original // 2)
     scale = (d / original) ** 2 * (torch.ones(n) if factor is None else factor)
 
-    columns = phase_ramp(torch.arange(half + 1), shift[:, 0], original) * scale[:, None]
-    rows = phase_ramp(torch.arange(-half, half + 1), shift[:, 1], original)
+    columns = _phase_ramp(torch.arange(half + 1), shift[:, 0], original) * scale[:, None]
+    rows = _phase_ramp(torch.arange(-half, half + 1), shift[:, 1], original)
     # columns are cropped first and laid out one after the other: half the work, and kind to the cache
     wide = torch.fft.rfft(images)[..., : half + 1].transpose(1, 2).contiguous()
     full = torch.fft.fft(wide)
@@ -72,24 +71,7 @@ def images_of(spectrum: Tensor) -> Tensor:
     return images
 
 
-def fourier_pad(images: Tensor, box_size_px: int) -> Tensor:
-    """Fourier-interpolate `(B, D, D)` images to a larger even box D₁, keeping mean and contrast.
-
-    The Nyquist coefficient is split evenly between +D/2 and −D/2, so
-    ⟨crop f, g⟩ = (D/D₁)² ⟨f, pad g⟩ for all f and g.
-    """
-    d, larger = images.shape[-1], box_size_px
-    if d % 2 or larger % 2 or larger < d:
-        raise ValueError(f"cannot pad images of {d} px to a box of {larger} px (both must be even)")
-    if larger == d:
-        return images.clone()
-    half = d // 2
-    spectrum = torch.fft.rfft2(images) * (larger / d) ** 2
-    spectrum[..., half] /= 2
-    out = torch.zeros(len(images), larger, larger // 2 + 1, dtype=spectrum.dtype)
-    out[:, :half, : half + 1] = spectrum[:, :half]
-    out[:, larger - half :, : half + 1] = spectrum[:, half:]
-    out[:, half, : half + 1] = spectrum[:, half] / 2
-    out[:, larger - half, : half + 1] /= 2
-    padded: Tensor = torch.fft.irfft2(out, s=(larger, larger))
-    return padded
+def _phase_ramp(frequency_px: Tensor, shift_px: Tensor, box_size_px: int) -> Tensor:
+    # exp(−2πi k t / D), `(B, K)` complex64; the angle in float64, so that large shifts lose nothing
+    angle = (-2 * math.pi / box_size_px) * shift_px.double()[:, None] * frequency_px.double()
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)

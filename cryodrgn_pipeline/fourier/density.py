@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.masks import radius_px, raised_cosine
+from cryodrgn_pipeline.fourier.transforms import rfftn_radius
+
 LOW_PASS_EDGE_SHELLS = 2.0  # half width of the cosine edge, in Fourier shells
 
 
@@ -40,14 +43,9 @@ def density_from_half_ball(coefficients: Tensor, points: Tensor, box_size_px: in
 def low_pass(density: Tensor, pixel_size_a: float, resolution_a: float) -> Tensor:
     """`(D, D, D)` density without detail finer than `resolution_a` (cosine edge of a few shells)."""
     d = density.shape[-1]
-    edge = pixel_size_a * d / resolution_a
-    full = torch.fft.fftfreq(d, 1 / d, device=density.device)
-    half = torch.arange(d // 2 + 1, device=density.device)
-    radius = torch.sqrt(full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2)
-    ramp = ((radius - edge) / (2 * LOW_PASS_EDGE_SHELLS) + 0.5).clamp(0, 1)
-    filtered: Tensor = torch.fft.irfftn(
-        torch.fft.rfftn(density) * (0.5 + 0.5 * torch.cos(torch.pi * ramp)), s=density.shape
-    )
+    start = pixel_size_a * d / resolution_a - LOW_PASS_EDGE_SHELLS
+    kept = raised_cosine(rfftn_radius(d, device=density.device) - start, 2 * LOW_PASS_EDGE_SHELLS)
+    filtered: Tensor = torch.fft.irfftn(torch.fft.rfftn(density) * kept, s=density.shape)
     return filtered
 
 
@@ -66,6 +64,5 @@ def crop_real(density: Tensor, box_size_px: int) -> Tensor:
 def solvent_level(density: Tensor) -> float:
     """Mean density between 0.85 and 1.0 of the half box, where no particle should be."""
     d = density.shape[-1]
-    x = torch.arange(d, device=density.device) - d // 2
-    radius = torch.sqrt((x[:, None, None] ** 2 + x[None, :, None] ** 2 + x[None, None, :] ** 2).float())
+    radius = radius_px(d).to(density.device)
     return float(density[(radius >= 0.85 * d / 2) & (radius <= d / 2)].mean())

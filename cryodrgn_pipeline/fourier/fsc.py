@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.transforms import rfftn_radius
+
 
 def shell_index(box_size_px: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The shell (|k| in cycles per box, rounded) of each point of an `rfftn` cube: `(D, D, D/2+1)` int64."""
-    k = torch.fft.fftfreq(box_size_px, 1 / box_size_px, device=device)
-    kx = torch.arange(box_size_px // 2 + 1, device=device)
-    radius = torch.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2)
-    return torch.round(radius).long()
+    return rfftn_radius(box_size_px, device=device).round().long()
 
 
 def _friedel_weight(box_size_px: int, device: torch.device) -> Tensor:
@@ -30,12 +29,6 @@ def shell_sums(values: Tensor, box_size_px: int) -> Tensor:
     sums = torch.zeros(int(shell.max()) + 1, dtype=torch.float64, device=values.device)
     sums.index_add_(0, shell, weighted)
     return sums[: box_size_px // 2 + 1]
-
-
-def shell_counts(box_size_px: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Number of Fourier coefficients in each whole shell 0 … D/2: `(D/2+1,)` float64."""
-    ones = torch.ones(box_size_px, box_size_px, box_size_px // 2 + 1, device=device)
-    return shell_sums(ones, box_size_px)
 
 
 def fsc_of_spectra(first: Tensor, second: Tensor) -> Tensor:
@@ -99,8 +92,9 @@ def randomise_phases(volume: Tensor, from_shell: int, generator: torch.Generator
 def corrected_fsc(first: Tensor, second: Tensor, mask: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The masked FSC, and the same freed from what the mask alone correlates.
 
-    Phases are randomised from two shells past the point where the unmasked FSC falls below 0.8; what
-    correlation is left there comes from the mask (Chen et al., Ultramicroscopy 135, 2013, eq. 4).
+    Phases are randomised from the shell on where the unmasked FSC falls below 0.8; what correlation is left
+    comes from the mask (Chen et al., Ultramicroscopy 135, 2013, eq. 4) and is taken off from two shells
+    further on.
 
     Returns
     -------
@@ -117,12 +111,6 @@ def corrected_fsc(first: Tensor, second: Tensor, mask: Tensor, *, seed: int = 0)
     start = from_shell + 2
     corrected[start:] = ((masked - by_mask) / (1 - by_mask))[start:]
     return masked, corrected
-
-
-def half_to_full_fsc(curve: Tensor) -> Tensor:
-    """The expected FSC of the full map with the truth, squared: 2 FSC / (1 + FSC), at least 0."""
-    positive = curve.clamp(min=0.0)
-    return 2 * positive / (1 + positive)
 
 
 def mean_fsc(curve: Tensor, shells: int) -> float:

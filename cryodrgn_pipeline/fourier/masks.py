@@ -7,15 +7,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.transforms import rfftn_radius
+
 
 def radius_px(box_size_px: int, ndim: int = 3) -> Tensor:
     """Distance of each voxel from the centre at index D/2, in px: `(D,) * ndim`."""
-    x = (torch.arange(box_size_px) - box_size_px // 2).float()
-    squared = torch.zeros((box_size_px,) * ndim)
-    for axis in range(ndim):
-        shape = [1] * ndim
-        shape[axis] = box_size_px
-        squared = squared + x.reshape(shape) ** 2
+    axis = (torch.arange(box_size_px) - box_size_px // 2).float() ** 2
+    squared = axis
+    for _ in range(ndim - 1):
+        squared = squared[..., None] + axis
     return torch.sqrt(squared)
 
 
@@ -31,12 +31,8 @@ def soft_ball(box_size_px: int, radius: float, edge_px: float = 3.0) -> Tensor:
 
 def lowpass(volume: Tensor, shell: float) -> Tensor:
     """The map with frequencies damped by a Gaussian that is ½ at `shell` cycles per box: `(D, D, D)`."""
-    d = volume.shape[0]
-    k = torch.fft.fftfreq(d, 1 / d)
-    kx = torch.arange(d // 2 + 1)
-    squared = k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2
-    damping = torch.exp(-np.log(2.0) * squared / shell**2).to(volume)
-    smooth: Tensor = torch.fft.irfftn(torch.fft.rfftn(volume) * damping, s=(d,) * 3)
+    damping = 0.5 ** (rfftn_radius(volume.shape[0]) / shell) ** 2
+    smooth: Tensor = torch.fft.irfftn(torch.fft.rfftn(volume) * damping.to(volume), s=volume.shape)
     return smooth
 
 
@@ -74,23 +70,24 @@ def particle_mask(
 
     d = volume.shape[0]
     shell = min(d / 8, resolution_shell) if resolution_shell else d / 8
+    width = max(1.5, edge * d)
     inside = radius_px(d) <= d / 2 - 1
     smooth = lowpass(volume, shell) * inside
     level = threshold * float(smooth.max())
     if noise is not None:
         level = max(level, 3 * float(lowpass(noise, shell)[inside].std()))
-    core = _without_specks((smooth > level).numpy(), ndimage) if float(smooth.max()) > level else None
-    ball = soft_ball(d, d / 2 - 1 - max(1.5, edge * d), max(1.5, edge * d))
-    if core is None or not core.any():
+    ball = soft_ball(d, d / 2 - 1 - width, width)
+    if not float(smooth.max()) > level:
         return ball
+    core = _without_specks((smooth > level).numpy())
     distance = torch.from_numpy(ndimage.distance_transform_edt(~core)).float()
-    return raised_cosine(distance - max(1.5, dilation * d), max(1.5, edge * d)) * (ball > 0)
+    return raised_cosine(distance - max(1.5, dilation * d), width) * (ball > 0)
 
 
-def _without_specks(core: NDArray[np.bool_], ndimage: object) -> NDArray[np.bool_]:
-    labels, count = ndimage.label(core)  # type: ignore[attr-defined]
-    if count < 2:
-        return core
+def _without_specks(core: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(core)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     keep: NDArray[np.bool_] = (sizes >= sizes.max() / 10)[labels]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryodrgn_pipeline.fourier.transforms import HalfPlane
+from cryodrgn_pipeline.fourier.transforms import HalfPlane, rfftn_radius
 
 PADDING = 2
 
@@ -45,53 +45,34 @@ def gridding_window(
     return axis[:, None, None] * axis[None, :, None] * axis[None, None, :]
 
 
-def volume_grid(volume: Tensor, padding: int = PADDING, *, gridding_correction: bool = True) -> Tensor:
+def volume_grid(volume: Tensor, padding: int = PADDING) -> Tensor:
     """The padded half spectrum of a `(D, D, D)` density [z, y, x], ready for `extract_slices`.
 
-    With the gridding correction the density is divided by `gridding_window` first, so that the interpolated
-    values are those of the density itself.
+    The density is divided by `gridding_window` first, so that the interpolated values are those of the
+    density itself.
     """
     d = volume.shape[-1]
     if volume.shape != (d, d, d) or d % 2:
         raise ValueError(f"a volume must be an even cube, got {tuple(volume.shape)}")
-    if gridding_correction:
-        volume = volume / gridding_window(d, padding, device=volume.device).to(volume)
+    volume = volume / gridding_window(d, padding, device=volume.device).to(volume)
     edge = (padding - 1) * d // 2
     padded = torch.nn.functional.pad(volume, (edge,) * 6)
     spectrum: Tensor = torch.fft.rfftn(torch.fft.ifftshift(padded))
     return spectrum
 
 
-def grid_volume(grid: Tensor, box_size_px: int, *, gridding_correction: bool = True) -> Tensor:
-    """The `(D, D, D)` density of a padded half spectrum, freed from the window that splatting put on it.
-
-    Without the gridding correction it is the inverse of `volume_grid` without.
-    """
+def grid_volume(grid: Tensor, box_size_px: int) -> Tensor:
+    """The `(D, D, D)` density of a padded half spectrum, freed from the window that splatting put on it."""
     size = grid.shape[0]
     edge = (size - box_size_px) // 2
     inner = slice(edge, edge + box_size_px)
     volume: Tensor = torch.fft.fftshift(torch.fft.irfftn(grid, s=(size,) * 3))[inner, inner, inner]
-    if gridding_correction:
-        volume = volume / gridding_window(box_size_px, size // box_size_px, device=grid.device).to(volume)
-    return volume
-
-
-def adjoint_volume_grid(grid: Tensor, box_size_px: int, *, gridding_correction: bool = True) -> Tensor:
-    """The adjoint of `volume_grid` for the inner product Re Σ conj(a) b over the half spectrum.
-
-    Applied to what `splat_slices` returns it gives the gradient with respect to the `(D, D, D)` density.
-    """
-    size = grid.shape[0]
-    halved = grid / 2
-    for plane in (0, size // 2):  # these planes hold k and −k both; the others stand for two terms of irfftn
-        halved[..., plane] = (grid[..., plane] + conjugate_flip(grid[..., plane])) / 2
-    return grid_volume(halved, box_size_px, gridding_correction=gridding_correction) * size**3
+    return volume / gridding_window(box_size_px, size // box_size_px, device=grid.device).to(volume)
 
 
 def conjugate_flip(plane: Tensor) -> Tensor:
     """The value at −k, conjugated: `(E, E)` in FFT order → `(E, E)`."""
-    flipped = torch.roll(torch.flip(plane, dims=(0, 1)), shifts=(1, 1), dims=(0, 1))
-    return flipped.conj() if flipped.is_complex() else flipped
+    return torch.roll(torch.flip(plane, dims=(0, 1)), shifts=(1, 1), dims=(0, 1)).conj()
 
 
 def _corners(coordinates: Tensor, grid_size: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +159,7 @@ def resample_volume(volume: Tensor, voxel_size_a: float, box_size_px: int, pixel
     spectrum = volume.float().to(torch.complex64) @ axis(kx).T
     spectrum = axis(k) @ spectrum
     spectrum = torch.tensordot(axis(k), spectrum, dims=([1], [0]))
-    inside = k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2 < (d / 2) ** 2
+    inside = rfftn_radius(d) < d / 2
     # each coefficient is a sum over voxels: fewer, larger voxels hold the same density in fewer terms
     spectrum = spectrum * inside * (voxel_size_a / pixel_size_a) ** 3
     resampled: Tensor = torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(d,) * 3))

@@ -19,17 +19,17 @@ def centred_fft(x: Tensor, ndim: int = 2) -> Tensor:
     return f
 
 
-def centred_ifft(f: Tensor, ndim: int = 2) -> Tensor:
-    """Inverse of `centred_fft`: `(..., D, D)` complex → `(..., D, D)` complex."""
-    axes = tuple(range(-ndim, 0))
-    x: Tensor = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(f, dim=axes), dim=axes), dim=axes)
-    return x
-
-
 def hartley(x: Tensor, ndim: int = 2) -> Tensor:
     """Centred Hartley transform Re − Im over the last `ndim` axes: `(..., D, D)` → `(..., D, D)` real."""
     f = centred_fft(x, ndim)
     return f.real - f.imag
+
+
+def rfftn_radius(box_size_px: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """|k| in cycles per box of each point of an `rfftn` cube: `(D, D, D/2+1)` float32."""
+    k = torch.fft.fftfreq(box_size_px, 1 / box_size_px, device=device)
+    kx = torch.arange(box_size_px // 2 + 1, device=device)
+    return torch.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx**2)
 
 
 def symmetrise(f: Tensor, ndim: int = 2) -> Tensor:
@@ -90,19 +90,3 @@ def half_plane_coefficients(images: Tensor, plane: HalfPlane) -> Tensor:
     index = (plane.ky % d) * (d // 2 + 1) + plane.kx
     sign = 1.0 - 2.0 * ((plane.ky + plane.kx) % 2)  # moves the origin from index 0 to D/2
     return spectrum[..., index] * sign
-
-
-def images_from_half_plane(coefficients: Tensor, plane: HalfPlane) -> Tensor:
-    """Real images `(..., D, D)` whose centred coefficients at the half plane are given, and 0 elsewhere.
-
-    The self-conjugate Nyquist points keep their real part only.
-    """
-    d = plane.box_size_px
-    lead = coefficients.shape[:-1]
-    sign = 1.0 - 2.0 * ((plane.ky + plane.kx) % 2)
-    spectrum = torch.zeros(*lead, d * (d // 2 + 1), dtype=coefficients.dtype, device=coefficients.device)
-    spectrum[..., (plane.ky % d) * (d // 2 + 1) + plane.kx] = coefficients * sign
-    on_axis = (plane.kx == 0) & (plane.ky < d // 2)  # irfft2 wants both halves of the kx = 0 column
-    spectrum[..., (-plane.ky[on_axis] % d) * (d // 2 + 1)] = (coefficients * sign)[..., on_axis].conj()
-    images: Tensor = torch.fft.irfft2(spectrum.reshape(*lead, d, d // 2 + 1), s=(d, d))
-    return images

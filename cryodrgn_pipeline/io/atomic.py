@@ -56,6 +56,8 @@ def replacing_directory(path: Path, ours: Collection[str] = ("*",)) -> Iterator[
         `ConfigError`, so that a user's files are never removed.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file where a folder is to be written; choose another -o")
     if path.is_dir():
         foreign = sorted(
             entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in ours)

@@ -14,9 +14,11 @@ from safetensors.torch import save
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing
-from cryodrgn_pipeline.models.vae import Vae, VaeConfig
+from cryodrgn_pipeline.models.linear import LinearModel
+from cryodrgn_pipeline.models.vae import Vae, VaeConfig, decoded_density
 
 MODEL_FILE = "model.safetensors"
+VAE, LINEAR = "cryodrgn_pipeline.vae.1", "cryodrgn_pipeline.linear.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,22 @@ class TrainedModel:
         """Box of the images the model was trained on."""
         return self.vae.config.box_size_px
 
+    @property
+    def latent_dim(self) -> int:
+        """Size of z."""
+        return self.vae.config.latent_dim
+
+    def density(self, z: torch.Tensor, box_size_px: int) -> torch.Tensor:
+        """The map at z `(latent_dim,)` in the grey scale of the images: `(d, d, d)` float32 on the CPU."""
+        coarser = (box_size_px / self.box_size_px) ** 3
+        return decoded_density(self.vae, z, box_size_px) * (self.scale * coarser)
+
 
 def save_model(path: Path, model: TrainedModel) -> None:
     """Write weights and, as JSON metadata, the architecture, normalisation and pixel size, atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.vae.state_dict().items()}
     meta = {
-        "format": "cryodrgn_pipeline.vae.1",
+        "format": VAE,
         "config": json.dumps(model.vae.config.as_dict()),
         "scale": repr(model.scale),
         "pixel_size_a": repr(model.pixel_size_a),
@@ -46,7 +58,15 @@ def save_model(path: Path, model: TrainedModel) -> None:
         temporary.write_bytes(save(tensors, metadata=meta))
 
 
-def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel:
+def save_linear_model(path: Path, model: LinearModel) -> None:
+    """Write a linear model's maps and, as JSON metadata, what they are multiplied by, atomically."""
+    config = {"latent_dim": model.latent_dim, "components": model.components, "curved": model.curved}
+    meta = {"format": LINEAR, "config": json.dumps(config), "pixel_size_a": repr(model.pixel_size_a)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({"maps": model.maps.cpu().contiguous()}, metadata=meta))
+
+
+def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel | LinearModel:
     """The model of a run folder, or of one weights file, in evaluation mode on `device`.
 
     Raises `InputFormatError` when the file is missing, damaged or of another kind.
@@ -64,8 +84,12 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no dict)
     except SafetensorError as error:
         raise InputFormatError(f"{path}: not a readable safetensors file ({error}). Train again.") from error
-    if meta.get("format") != "cryodrgn_pipeline.vae.1":
-        raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected 'cryodrgn_pipeline.vae.1'.")
+    if meta.get("format") == LINEAR:
+        config = json.loads(meta["config"])
+        maps = tensors["maps"].to(device)
+        return LinearModel(maps=maps, pixel_size_a=float(meta["pixel_size_a"]), **config)
+    if meta.get("format") != VAE:
+        raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected {VAE!r} or {LINEAR!r}.")
     vae = Vae(VaeConfig(**json.loads(meta["config"])))
     vae.load_state_dict(tensors)
     return TrainedModel(
@@ -82,6 +106,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a resume state; only tensors and plain values are accepted from the file."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Read a resume state; only tensors and plain values are accepted from the file.
+
+    Raises `InputFormatError` when the file is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputFormatError(
+            f"{path}: no readable checkpoint ({error}). Remove it and train again."
+        ) from error
     return state

@@ -27,7 +27,7 @@ def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:
     names something else than cryoSPARC uids where those are needed.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # spreadsheets put a mark in front
     except FileNotFoundError:
         raise InputFormatError(f"{path}: no such id file; `select` writes one") from None
     except UnicodeDecodeError as error:

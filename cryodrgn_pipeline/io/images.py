@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import InputFormatError
-from cryodrgn_pipeline.io.mrc import MrcHeader, MrcImages, read_header, stack_paths
+from cryodrgn_pipeline.io.mrc import MrcImages, read_header
 from cryodrgn_pipeline.particles import ParticleSet
 
 OPEN_FILES = 64
@@ -44,27 +44,26 @@ class ParticleImages:
             If a stack is missing, truncated or changed, or does not fit the particle table.
         """
         self._refs = particles.images
-        self._headers: dict[int, list[MrcHeader]] = {}
-        self._open: OrderedDict[Path, MrcImages] = OrderedDict()
+        self._open: OrderedDict[str, MrcImages] = OrderedDict()
         self._lock = threading.Lock()
-        used = np.unique(self._refs.stack)
         largest = np.full(len(self._refs.stack_paths), -1)
         np.maximum.at(largest, self._refs.stack, self._refs.index)
-        self._files = {int(stack): stack_paths(self._refs.stack_paths[stack]) for stack in used}
-        for stack in used:
+        boxes = np.zeros(len(largest), dtype=np.int64)
+        for stack in np.unique(self._refs.stack):
             path = self._refs.stack_paths[stack]
-            for file in self._files[int(stack)]:
-                _check_unchanged(file, (recorded or {}).get(str(file)))
-            headers = [read_header(file) for file in self._files[int(stack)]]
-            self._headers[int(stack)] = headers
-            count = sum(header.n_images for header in headers)
-            if largest[stack] >= count:
+            _check_unchanged(Path(path), (recorded or {}).get(path))
+            header = read_header(path)
+            if largest[stack] >= header.n_images:
                 raise InputFormatError(
                     f"{path}: the particle table refers to image {largest[stack] + 1}, but the file has "
-                    f"{count}; it is another file than the particles were extracted to, or it was cut"
+                    f"{header.n_images}; it is another file than the particles lie in, or it was cut"
                 )
-        boxes = {int(stack): self._box(int(stack)) for stack in used}
-        self.box_size_px: NDArray[np.int64] = _lookup(self._refs.stack, boxes)
+            if header.ny != header.nx:
+                raise InputFormatError(
+                    f"{path}: images of {header.ny} x {header.nx} px; particle images are square"
+                )
+            boxes[stack] = header.nx
+        self.box_size_px: NDArray[np.int64] = boxes[self._refs.stack]
         wrong = np.flatnonzero(self.box_size_px != particles.optics.box_size_px)
         if len(wrong):
             row = wrong[0]
@@ -73,15 +72,6 @@ class ParticleImages:
                 f"table says {particles.optics.box_size_px[row]} ({len(wrong)} of {len(particles)} "
                 "rows are wrong); import the particles again with the stacks they belong to"
             )
-
-    def _box(self, stack: int) -> int:
-        sizes = {(header.ny, header.nx) for header in self._headers[stack]}
-        if len(sizes) > 1 or any(ny != nx for ny, nx in sizes):
-            listed = ", ".join(f"{ny} x {nx}" for ny, nx in sorted(sizes))
-            raise InputFormatError(
-                f"{self._refs.stack_paths[stack]}: images of {listed} px; particle images are square"
-            )
-        return next(iter(sizes))[0]
 
     def path_of(self, row: int) -> str:
         """The stack of one particle, as the table has it."""
@@ -109,19 +99,11 @@ class ParticleImages:
         stack = self._refs.stack[rows]
         cuts = [0, *(np.flatnonzero(np.diff(stack)) + 1), len(rows)]
         for start, stop in pairwise(cuts):
-            self._read_stack(int(stack[start]), self._refs.index[rows[start:stop]], images[start:stop])
+            file = self._opened(self.path_of(rows[start]))
+            file.read_into(self._refs.index[rows[start:stop]], images[start:stop])
         return images
 
-    def _read_stack(self, stack: int, index: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-        ends = np.cumsum([header.n_images for header in self._headers[stack]])
-        part = np.searchsorted(ends, index, side="right")  # index is sorted, so is this
-        for file in np.unique(part):
-            chosen = np.flatnonzero(part == file)
-            before = ends[file - 1] if file else 0
-            images = self._opened(self._files[stack][file])
-            images.read_into(index[chosen] - before, out[chosen[0] : chosen[-1] + 1])
-
-    def _opened(self, path: Path) -> MrcImages:
+    def _opened(self, path: str) -> MrcImages:
         with self._lock:
             if path not in self._open:
                 if len(self._open) >= OPEN_FILES:
@@ -237,11 +219,3 @@ def _when(mtime_ns: int) -> str:
     from datetime import datetime
 
     return datetime.fromtimestamp(mtime_ns / 1e9).astimezone().isoformat(sep=" ", timespec="milliseconds")
-
-
-def _lookup(keys: NDArray[np.int64], values: Mapping[int, int]) -> NDArray[np.int64]:
-    table = np.zeros(max(values, default=-1) + 1, dtype=np.int64)
-    for key, value in values.items():
-        table[key] = value
-    found: NDArray[Any] = table[keys]
-    return found

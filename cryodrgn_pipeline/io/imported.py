@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.io.runs import read_json
 from cryodrgn_pipeline.io.tables import read_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
 
 PARTICLES, INFO = "particles.parquet", "import.json"
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The content of a folder's import.json; an `InputFormatError` if it is missing or damaged."""
+    return read_json(Path(folder) / INFO, "make it with `cryodrgn-pipeline import`")
+
+
+def aberration_note(item: Mapping[str, Any]) -> str:
+    """One line on an aberration of import.json, which the source records and no step applies."""
+    return (
+        f"{item['name']} is not applied: {item['rows']} of {item['of']} rows, up to {item['max']:.4g}; "
+        f"{item['effect']}"
+    )
 
 
 class ImportedSource:
@@ -25,19 +40,6 @@ class ImportedSource:
     """
 
     def __init__(self, folder: Path, particles: ParticleSet, info: dict[str, Any], fingerprint: str) -> None:
-        self.particles = particles
-        self.fingerprint = fingerprint
-        self.in_force = _in_force(particles, info)
-        self.notes = [
-            f"{item['name']} is not applied: {item['rows']} of {len(particles)} particles, up to "
-            f"{item['max']}" + (f"; {item['effect']}" if item.get("effect") else "")
-            for item in info.get("unapplied_aberrations", [])
-        ]
-        self.recorded = {
-            item["path"]: (int(item["size_bytes"]), int(item["mtime_ns"]))
-            for item in info.get("image_stacks", [])
-            if item.get("size_bytes") is not None and item.get("mtime_ns") is not None
-        }
         if info.get("metadata_only") or bool((particles.optics.box_size_px == UNKNOWN_BOX).any()):
             raise InputFormatError(
                 f"{folder}: was imported with --metadata-only, so its image files were not looked for; "
@@ -45,22 +47,22 @@ class ImportedSource:
             )
         if len(particles) == 0:
             raise InputFormatError(f"{folder}: has no particles")
+        self.particles = particles
+        self.fingerprint = fingerprint
+        self.in_force = _in_force(particles, info)
+        self.notes = [aberration_note(item) for item in info["unapplied_aberrations"]]
+        self.recorded = {
+            item["path"]: (int(item["size_bytes"]), int(item["mtime_ns"])) for item in info["image_stacks"]
+        }
 
     @classmethod
     def open(cls, folder: Path) -> ImportedSource:
         """Read `folder`'s particle table and import.json; an `InputFormatError` if one is not usable."""
         particles = read_particles(folder)
-        try:
-            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputFormatError(
-                f"{folder}: has no {INFO}; make it with `cryodrgn-pipeline import`"
-            ) from error
-        except ValueError as error:
-            raise InputFormatError(f"{folder / INFO}: not readable as JSON: {error}") from error
+        info = read_info(folder)
         with (folder / PARTICLES).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
-        digest.update(json.dumps(info.get("image_stacks", []), sort_keys=True).encode())
+        digest.update(json.dumps(info["image_stacks"], sort_keys=True).encode())
         return cls(folder, particles, info, digest.hexdigest())
 
 
@@ -69,7 +71,7 @@ def _in_force(particles: ParticleSet, info: dict[str, Any]) -> dict[str, Any]:
     sizes, counts = np.unique(particles.optics.pixel_size_a, return_counts=True)
     signs = np.unique(particles.contrast_sign)
     return {
-        "pixel_size_a": float(sizes[counts.argmax()]) if len(sizes) else None,
+        "pixel_size_a": float(sizes[counts.argmax()]),
         "contrast_sign": float(signs[0]) if len(signs) == 1 else None,
         "conventions": info.get("conventions", {}),
     }

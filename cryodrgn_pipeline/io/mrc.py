@@ -122,21 +122,6 @@ def _check_length(path: Path, header: MrcHeader, size: int) -> None:
         log.warning("%s: %d bytes follow the last image the header announces", path, size - needed)
 
 
-def stack_paths(path: str | os.PathLike[str]) -> list[Path]:
-    """The stacks that `path` stands for: itself, or the lines of a `.txt` list (relative to its folder)."""
-    path = Path(path)
-    if path.suffix != ".txt":
-        return [path]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise InputFormatError(f"{path}: cannot be read as a list of stacks: {error}") from error
-    listed = [path.parent / line for line in lines if line and not line.startswith("#")]
-    if not listed:
-        raise InputFormatError(f"{path}: lists no stack (expected one .mrcs path a line)")
-    return listed
-
-
 class MrcImages:
     """The images of one stack, read on demand; safe to share between threads and forked processes."""
 

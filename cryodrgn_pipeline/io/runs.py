@@ -125,20 +125,23 @@ def read_z(path: Path) -> NDArray[np.float64]:
     Raises
     ------
     InputFormatError
-        If the file is missing or is no table of numbers under the header z_0,z_1,….
+        If the file is missing or is no table of finite numbers under the header z_0,z_1,….
     """
     path = Path(path)
     if not path.is_file():
         raise InputFormatError(f"{path}: no such file; a table with the header z_0,z_1,… expected")
-    header, *rows = path.read_text(encoding="utf-8").split("\n")
+    header, *rows = path.read_text(encoding="utf-8-sig").split("\n")  # spreadsheets put a mark in front
     names = header.strip().split(",")
     if names != [f"z_{i}" for i in range(len(names))]:
         raise InputFormatError(f"{path}: header z_0,z_1,… expected, found {header.strip()[:80]!r}")
     try:
         values = [[float(word) for word in row.split(",")] for row in rows if row.strip()]
-        return np.array(values, dtype=np.float64).reshape(len(values), len(names))
+        z = np.array(values, dtype=np.float64).reshape(len(values), len(names))
     except ValueError as error:
         raise InputFormatError(f"{path}: {len(names)} numbers a row expected ({error})") from error
+    if not (len(z) and np.isfinite(z).all()):
+        raise InputFormatError(f"{path}: at least one row of {len(names)} finite numbers expected")
+    return z
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -166,8 +169,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, cure: str = "") -> dict[str, Any]:
+    """Read a JSON object; errors end with `cure`.
 
     Raises
     ------
@@ -177,10 +180,10 @@ def read_json(path: Path) -> dict[str, Any]:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputFormatError(f"{path}: no such file") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputFormatError(f"{path}: no such file{cure and f'; {cure}'}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputFormatError(f"{path}: not JSON ({error})") from error
+        raise InputFormatError(f"{path}: not JSON ({error}){cure and f'; {cure}'}") from error
     if not isinstance(content, dict):
         raise InputFormatError(f"{path}: a JSON object expected, found {type(content).__name__}")
     return content

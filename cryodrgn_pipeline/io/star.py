@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import mmap
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ BLANK = ord(" ")
 """Bytes up to this one separate values."""
 
 NUMBER_WORDS = ["nan", "NaN", "NAN", "-nan", "<NA>", "NA", "null", "None"]
+VALUES = re.compile(r"""\"[^\"]*\"|'[^']*'|\S+""")
 BLOCK = re.compile(rb"^[ \t]*data_(\S*)[ \t]*\r?$", re.MULTILINE)
 
 
@@ -152,12 +152,12 @@ def _block(path: Path, content: mmap.mmap, name: str, begin: int, end: int) -> S
         if line == b"loop_":
             loop = True
         elif line.startswith(b"_"):
-            label, *rest = shlex.split(line.decode(), posix=True) if not loop else line.decode().split()
+            label, *rest = VALUES.findall(line.decode())
             columns.append(label.removeprefix("_"))
             if not loop:
                 if not rest:
                     raise InputFormatError(f"{path}: {label} in data_{name} has no value")
-                values[columns[-1]] = rest[0]
+                values[columns[-1]] = rest[0].strip("\"'")
         elif line and not line.startswith(b"#"):
             break
         position = after

@@ -38,7 +38,6 @@ REQUIRED_COLUMNS = (
     "contrast_sign",
 )
 OPTIONAL_COLUMNS = ("half_set", "micrograph", "class")
-INTEGER_COLUMNS = ("optics_group", "box_size_px")
 
 
 def write_particles(
@@ -176,7 +175,9 @@ def _file(path: Path) -> Path:
     path = Path(path)
     path = path / "particles.parquet" if path.is_dir() else path
     if not path.is_file():
-        raise InputFormatError(f"{path}: no such particle table; make it with `cryodrgn-pipeline import`")
+        raise InputFormatError(
+            f"{path}: no such table; `cryodrgn-pipeline import` makes it, or `preprocess` if it is a stack's"
+        )
     return path
 
 

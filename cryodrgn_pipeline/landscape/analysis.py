@@ -58,6 +58,8 @@ class AnalysisSettings:
             raise ConfigError(f"--pcs {self.pcs}: 0 or more expected")
         if self.points < 2:
             raise ConfigError(f"--points {self.points}: a path has at least 2 points")
+        if self.umap_fit_at_most < UMAP_FEWEST:
+            raise ConfigError(f"--umap-max {self.umap_fit_at_most}: at least {UMAP_FEWEST} expected")
         if not self.junk_threshold > 0:
             raise ConfigError(f"--junk-threshold {self.junk_threshold}: a positive number expected")
         if self.through is not None and len(self.through) < 2:

@@ -43,7 +43,7 @@ def evaluate_condition(text: str, columns: Mapping[str, NDArray[Any]]) -> NDArra
 
     Allowed are column names, numbers, quoted strings, True and False; `< <= > >= == !=` (chained as in
     `0 < z_0 < 1`), `in (…)` and `not in (…)`; `and or not`, `& | ~`; `+ - * / % **`; abs, sqrt, log, exp.
-    A comparison with NaN is false.
+    NaN equals nothing: a comparison with it is false, but `!=` and `not in` are true.
 
     Parameters
     ----------

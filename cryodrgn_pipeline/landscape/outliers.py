@@ -17,14 +17,13 @@ class JunkScores:
     """Robust deviations of N particles, in standard deviations of the bulk.
 
     `norm_score` of |z|, `loss_score` of the reconstruction loss (None without losses); `score` is the
-    larger of the two, at least 0; `flagged` where `score` exceeds `threshold`.
+    larger of the two, at least 0; `flagged` where `score` exceeds the threshold.
     """
 
     norm_score: NDArray[np.float32]
     loss_score: NDArray[np.float32] | None
     score: NDArray[np.float32]
     flagged: NDArray[np.bool_]
-    threshold: float
 
 
 def robust_z_score(values: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -71,10 +70,4 @@ def junk_scores(
         loss_score = robust_z_score(loss)
     highest = norm_score if loss_score is None else np.maximum(norm_score, loss_score)
     score = np.maximum(highest, 0.0).astype(np.float32)
-    return JunkScores(
-        norm_score=norm_score,
-        loss_score=loss_score,
-        score=score,
-        flagged=score > threshold,
-        threshold=threshold,
-    )
+    return JunkScores(norm_score=norm_score, loss_score=loss_score, score=score, flagged=score > threshold)

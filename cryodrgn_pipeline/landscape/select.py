@@ -110,7 +110,8 @@ def _conditions(columns: Columns, selection: Selection) -> list[tuple[str, NDArr
     masks += [(f"--outline {text[:30]}…", _in_outline(columns, text)) for text in selection.outlines]
     for path in selection.id_files:
         ids = columns["particle_id"]
-        masks.append((f"--ids {path}", np.isin(ids, read_ids(path, ids))))
+        wanted = set(read_ids(path, ids).tolist())  # np.isin compares texts all with all
+        masks.append((f"--ids {path}", np.array([i in wanted for i in ids.tolist()])))
     if selection.no_junk:
         masks.append(("--no-junk", ~_column(columns, "junk").astype(bool)))
     return masks

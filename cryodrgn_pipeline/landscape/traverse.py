@@ -12,6 +12,7 @@ from cryodrgn_pipeline.landscape.embed import PrincipalComponents
 
 GRAPH_NEIGHBOURS = 10
 GRAPH_AT_MOST = 50_000
+SHORTEST = 1e-12  # a stored zero would be no edge
 
 
 def pc_traversal(
@@ -128,18 +129,24 @@ def graph_traversal(
 
 
 def _shortest_hops(points: NDArray[np.float64], anchors: NDArray[np.integer]) -> NDArray[np.int64]:
+    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components, dijkstra
+    from scipy.spatial import cKDTree
     from sklearn.neighbors import kneighbors_graph
 
-    neighbours = min(GRAPH_NEIGHBOURS, len(points) - 1)
+    graph = kneighbors_graph(points, min(GRAPH_NEIGHBOURS, len(points) - 1), mode="distance")
+    graph.data = np.maximum(graph.data**2, SHORTEST)
     while True:
-        graph = kneighbors_graph(points, neighbours, mode="distance")
-        graph.data = np.maximum(graph.data**2, 1e-12)  # a stored zero would be no edge
-        graph = graph.maximum(graph.T)
         part = connected_components(graph, directed=False)[1]
-        if len(set(part[anchors])) == 1 or neighbours >= len(points) - 1:
+        here = part == part[anchors[0]]
+        if here[anchors].all():
             break
-        neighbours = min(neighbours * 2, len(points) - 1)
+        inside, outside = np.flatnonzero(here), np.flatnonzero(~here)
+        distance, nearest = cKDTree(points[inside]).query(points[outside])
+        shortest = distance.argmin()  # the bridge to the nearest part that is not connected
+        ends = ([inside[nearest[shortest]]], [outside[shortest]])
+        length = max(distance[shortest] ** 2, SHORTEST)
+        graph = graph + coo_array(([length], ends), shape=graph.shape)
     hops = [int(anchors[0])]
     for start, end in pairwise(anchors):
         before = dijkstra(graph, directed=False, indices=start, return_predecessors=True)[1]

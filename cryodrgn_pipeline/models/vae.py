@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cryodrgn_pipeline.fourier.density import density_from_half_ball, half_ball
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane
 from cryodrgn_pipeline.models.decoders import CoordinateDecoder
 from cryodrgn_pipeline.models.encoder import ImageEncoder
+
+POINTS_AT_ONCE = {"cpu": 16_384, "cuda": 1_000_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +52,16 @@ class VaeConfig:
             raise ValueError(f"domain {self.domain!r} is neither 'fourier' nor 'hartley'")
         if self.encoder_input not in ("image", "aligned"):
             raise ValueError(f"encoder input {self.encoder_input!r} is neither 'image' nor 'aligned'")
-        if not 0 < self.mask_radius <= 1:
-            raise ValueError(f"the mask radius is a fraction of Nyquist in (0, 1], got {self.mask_radius}")
-        if self.encoder_mask_radius is not None and not 0 < self.encoder_mask_radius <= self.mask_radius:
-            raise ValueError(
-                f"the encoder's mask radius lies in (0, {self.mask_radius}], the radius of the loss, "
-                f"got {self.encoder_mask_radius}"
-            )
+        one_shell = 2 / self.box_size_px
+        for whose, radius, most in (
+            ("loss's", self.mask_radius, 1.0),
+            ("encoder's", self.encoder_mask_radius, self.mask_radius),
+        ):
+            if radius is not None and not one_shell <= radius <= most:
+                raise ValueError(
+                    f"the {whose} mask radius is a fraction of Nyquist between {one_shell:.3g} (one Fourier "
+                    f"shell) and {most:.3g}, got {radius}"
+                )
 
     def plane(self) -> HalfPlane:
         """The half-plane frequencies of the loss: the disc without DC, by rising |k|."""
@@ -77,27 +83,25 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         self.config = config
-        state = torch.random.get_rng_state()
-        torch.manual_seed(config.seed)  # layers draw their start from the global generator
-        generator = torch.Generator().manual_seed(config.seed)
-        self.encoder = ImageEncoder(
-            len(config.encoder_plane()),
-            config.latent_dim,
-            width=config.encoder_width,
-            depth=config.encoder_layers,
-            residual=config.encoder_type == "resid",
-        )
-        self.decoder = CoordinateDecoder(
-            config.box_size_px,
-            config.latent_dim,
-            width=config.decoder_width,
-            depth=config.decoder_layers,
-            residual=config.decoder_type == "resid",
-            encoding=config.positional_encoding,
-            domain=config.domain,
-            generator=generator,
-        )
-        torch.random.set_rng_state(state)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(config.seed)  # layers draw their start from the global generator
+            self.encoder = ImageEncoder(
+                len(config.encoder_plane()),
+                config.latent_dim,
+                width=config.encoder_width,
+                depth=config.encoder_layers,
+                residual=config.encoder_type == "resid",
+            )
+            self.decoder = CoordinateDecoder(
+                config.box_size_px,
+                config.latent_dim,
+                width=config.decoder_width,
+                depth=config.decoder_layers,
+                residual=config.decoder_type == "resid",
+                encoding=config.positional_encoding,
+                domain=config.domain,
+                generator=torch.Generator().manual_seed(config.seed),
+            )
 
     def encode(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of z from `(B, P)` complex phase-flipped coefficients at `encoder_plane`."""
@@ -108,3 +112,20 @@ class Vae(nn.Module):
         """CTF-modulated slices `(B, Q)` complex at `(B, Q, 3)` coordinates for latents `(B, z)`."""
         slices: Tensor = self.decoder(coordinates, z) * ctf
         return slices
+
+
+def decoded_density(vae: Vae, z: Tensor, box_size_px: int) -> Tensor:
+    """The density `(d, d, d)` at z `(latent_dim,)`, in the decoder's own scale, on the CPU.
+
+    The decoder is asked at k and −k and the Hermitian mean is taken.
+    """
+    full = vae.config.box_size_px
+    device = next(vae.parameters()).device
+    points = half_ball(box_size_px, min(box_size_px / 2, vae.config.mask_radius * full / 2))
+    coordinates = points.flip(1).to(device, torch.float32) / full
+    latent = z.to(device)[None].expand(2, -1)
+    values = []
+    for part in torch.split(coordinates, POINTS_AT_ONCE[device.type]):
+        both = vae.decoder(torch.stack([part, -part]), latent)
+        values.append((both[0] + both[1].conj()) / 2)
+    return density_from_half_ball(torch.cat(values).cpu(), points, box_size_px)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from cryodrgn_pipeline.io.runs import (
     stacked,
 )
 from cryodrgn_pipeline.report.montage import Views, read_views
-
-log = logging.getLogger(__name__)
 
 DRAWN_AT_MOST = 24
 
@@ -74,9 +71,6 @@ class Gathered:
     volumes: tuple[VolumeSet, ...]
     imported: dict[str, Any] | None
     stack: dict[str, Any] | None
-    import_dir: Path | None = None
-    stack_dir: Path | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def gather(
@@ -123,8 +117,6 @@ def gather(
         volumes=tuple(_read_volumes(Path(folder), run, analysis) for folder in volumes),
         imported=None if import_dir is None else read_json(Path(import_dir) / "import.json"),
         stack=None if stack is None else read_json(Path(stack) / "stack.json"),
-        import_dir=import_dir,
-        stack_dir=stack,
     )
 
 

@@ -16,14 +16,18 @@ from cryodrgn_pipeline.report.montage import Views, difference_colours, differen
 
 DRAWN_POINTS = 50_000
 INK, FAINT = "#22303c", "#8a97a3"
-FSC_NAMES = {
-    "fsc_masked": "masked",
-    "fsc_unmasked": "unmasked",
-    "fsc_corrected": "corrected",
-    "fsc_reference": "against the reference map",
+FSC_LINES = {  # column → what it is, its colour
+    "fsc_masked": ("masked", "#1f6feb"),
+    "fsc_unmasked": ("unmasked", "#8a97a3"),
+    "fsc_corrected": ("corrected", "#2da44e"),
+    "fsc_reference": ("against the reference map", "#bf5af2"),
 }
-FSC_COLOURS = ("#1f6feb", "#8a97a3", "#2da44e", "#bf5af2")
-TRAINING_NAMES = {"reconstruction": "training particles", "held_out_reconstruction": "held-out particles"}
+RECONSTRUCTION_NAMES = {
+    "reconstruction": "training particles",
+    "held_out_reconstruction": "held-out particles",
+}
+KLD_NAMES = {"kld": "training particles", "held_out_kld": "held-out particles"}
+LOSS_COLOURS = ("#1f6feb", "#d1570a")
 LINES_AT_MOST = 12
 VIEW_NAMES = ("slice z", "slice y", "slice x", "projection z", "projection y", "projection x")
 
@@ -56,7 +60,7 @@ def fsc_curves(fsc: Columns) -> dict[str, tuple[NDArray[np.float64], NDArray[np.
     """Frequency in 1/Å and correlation of each FSC column that holds numbers, without the zero shell."""
     frequency = np.asarray(fsc["frequency_per_a"], dtype=np.float64)
     curves = {}
-    for name in FSC_NAMES:
+    for name in FSC_LINES:
         if name in fsc:
             values = np.asarray(fsc[name], dtype=np.float64)
             known = np.isfinite(values) & (frequency > 0)
@@ -105,12 +109,10 @@ def write_figures(gathered: Gathered, folder: Path) -> list[str]:
 
 
 def _canvas(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(colors=INK, labelsize=9)
@@ -151,17 +153,13 @@ def row_of_centers(centers: Columns, analysed: Columns) -> NDArray[np.int64]:
 
 def _loss_figure(metrics: Sequence[dict[str, Any]]) -> Any:
     figure, (left, right) = _canvas(9.0, 3.6, columns=2)
-    for (name, label), colour in zip(TRAINING_NAMES.items(), ("#1f6feb", "#d1570a"), strict=True):
-        epochs, values = training_curves(metrics, name)
-        if epochs:
-            left.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
     left.set_ylabel("reconstruction loss")
-    for name, label, colour in (("kld", "training", "#1f6feb"), ("held_out_kld", "held-out", "#d1570a")):
-        epochs, values = training_curves(metrics, name)
-        if epochs:
-            right.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
     right.set_ylabel("KL divergence per particle")
-    for ax in (left, right):
+    for ax, names in ((left, RECONSTRUCTION_NAMES), (right, KLD_NAMES)):
+        for (name, label), colour in zip(names.items(), LOSS_COLOURS, strict=True):
+            epochs, values = training_curves(metrics, name)
+            if epochs:
+                ax.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
         ax.set_xlabel("epoch")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=8)
@@ -171,9 +169,9 @@ def _loss_figure(metrics: Sequence[dict[str, Any]]) -> Any:
 def _fsc_figure(consensus: Consensus) -> Any:
     figure, (ax,) = _canvas(6.4, 4.0)
     curves = fsc_curves(consensus.fsc or {})
-    for (name, label), colour in zip(FSC_NAMES.items(), FSC_COLOURS, strict=True):
-        if name in curves:
-            ax.plot(*curves[name], color=colour, label=label)
+    for name, curve in curves.items():
+        label, colour = FSC_LINES[name]
+        ax.plot(*curve, color=colour, label=label)
     for level in (0.143, 0.5):
         ax.axhline(level, color=FAINT, linewidth=0.8, linestyle="--")
         ax.annotate(f"{level:g}", (1, level), (2, 2), xycoords=("axes fraction", "data"),
@@ -184,7 +182,7 @@ def _fsc_figure(consensus: Consensus) -> Any:
     ax.set_xlim(0, 1.02 * end)
     at = consensus.summary.get("resolution_fsc0143_a")
     if at:
-        ax.axvline(1 / at, color=FSC_COLOURS[0], linewidth=0.8)
+        ax.axvline(1 / at, color=FSC_LINES["fsc_masked"][1], linewidth=0.8)
         ax.set_title(f"FSC 0.143 at {at:.3g} Å", fontsize=10, color=INK, loc="left")
     ax.set_ylim(-0.1, 1.05)
     ax.set_xlabel("resolution (Å)")
@@ -247,17 +245,13 @@ def changes_along(volumes: VolumeSet) -> list[NDArray[np.float32]]:
     return [view.projections - volumes.views[0].projections for view in volumes.views[1:]]
 
 
-def _picture_grid(lines: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _picture_grid(lines: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its `(lines, columns)` array of bare axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.9 + 1.15 * columns, 0.3 + 1.15 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = [
-        [figure.add_subplot(lines, columns, line * columns + column + 1) for column in range(columns)]
-        for line in range(lines)
-    ]
-    for ax in (ax for line in grid for ax in line):
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for ax in grid.flat:
         ax.set_xticks([])
         ax.set_yticks([])
         ax.spines[:].set_visible(False)

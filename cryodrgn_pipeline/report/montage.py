@@ -15,7 +15,6 @@ from cryodrgn_pipeline.io.mrc import read_volume
 
 TILE_PX = 128
 GAP_PX = 2
-AXES = ("z", "y", "x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

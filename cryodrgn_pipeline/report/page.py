@@ -21,9 +21,9 @@ from cryodrgn_pipeline.io.runs import Columns, keep_foreign_files
 from cryodrgn_pipeline.report.chimerax import consensus_script, path_script, states_script
 from cryodrgn_pipeline.report.collect import Gathered, VolumeSet, gather
 from cryodrgn_pipeline.report.figures import (
-    FSC_COLOURS,
-    FSC_NAMES,
-    TRAINING_NAMES,
+    FSC_LINES,
+    KLD_NAMES,
+    RECONSTRUCTION_NAMES,
     axis_range,
     changes_along,
     cluster_colours,
@@ -144,7 +144,7 @@ def _verdicts(check: dict[str, Any] | None) -> set[str]:
 
 def _script_json(data: dict[str, Any]) -> str:
     """JSON that cannot end the script element it stands in."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 def _floats(values: Any) -> str:
@@ -158,15 +158,15 @@ def _plot_data(gathered: Gathered) -> dict[str, Any]:
         curves = fsc_curves(gathered.consensus.fsc)
         data["fsc"] = {
             "curves": [
-                {"name": FSC_NAMES[name], "x": x.tolist(), "y": y.tolist(), "colour": colour}
-                for (name, (x, y)), colour in zip(curves.items(), FSC_COLOURS, strict=False)
+                {"name": FSC_LINES[name][0], "x": x.tolist(), "y": y.tolist(), "colour": FSC_LINES[name][1]}
+                for name, (x, y) in curves.items()
             ],
             "resolution_a": gathered.consensus.summary.get("resolution_fsc0143_a"),
         }
     if gathered.metrics:
         data["loss"] = {
-            "reconstruction": _curves(gathered, TRAINING_NAMES),
-            "kld": _curves(gathered, {"kld": "training particles", "held_out_kld": "held-out particles"}),
+            "reconstruction": _curves(gathered, RECONSTRUCTION_NAMES),
+            "kld": _curves(gathered, KLD_NAMES),
         }
     if gathered.analysed is not None and gathered.centers is not None and gathered.latents is not None:
         data["latent"] = _latent_data(gathered, gathered.analysed, gathered.centers)
@@ -195,7 +195,6 @@ def _latent_data(gathered: Gathered, analysed: Columns, centers: Columns) -> dic
     summary = gathered.analysis or {}
     return {
         "run": str(gathered.run),
-        "n": len(analysed["particle_id"]),
         "axes": names,
         "ranges": {name: axis_range(analysed[name]) for name in names},
         "columns": {name: _floats(column[rows]) for name, column in values.items()},
@@ -251,7 +250,7 @@ def _set_context(volumes: VolumeSet, gathered: Gathered) -> dict[str, Any]:
             (volumes.paths[row], difference_sheet(change, largest))
             for row, change in zip(volumes.drawn[1:], changes, strict=False)
         ],
-        "table": volume_table(volumes, gathered),
+        "table": volume_table(volumes, near),
     }
 
 

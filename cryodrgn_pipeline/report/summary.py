@@ -77,7 +77,7 @@ def headlines(gathered: Gathered) -> list[Headline]:
         label, tone, _ = verdict_of(consensus.get("convention_check", {}))
         found.append(Headline(name="convention check", value=label, tone=tone))
     if gathered.metrics:
-        seconds = manifest.get("training_seconds", manifest.get("wall_seconds", manifest.get("wall_s")))
+        seconds = manifest.get("training_seconds")
         spent = f"in {duration(seconds)}" if isinstance(seconds, int | float) else ""
         epochs = str(gathered.metrics[-1]["epoch"])
         found.append(Headline(name="epochs", value=epochs, below=f"{spent} on {manifest.get('device', '?')}"))

@@ -68,10 +68,9 @@ def cluster_table(gathered: Gathered) -> Table | None:
     return Table(heads=(*heads, "particle at the centre"), rows=tuple(rows))
 
 
-def volume_table(volumes: VolumeSet, gathered: Gathered) -> Table:
-    """Per map: z, the particles nearer to it than to the set's other maps, and how near the nearest is."""
+def volume_table(volumes: VolumeSet, nearest: tuple[NDArray[np.int64], NDArray[np.float64]] | None) -> Table:
+    """Per map: z, and from `particles_near` how many particles are near, and how near the nearest is."""
     heads = ["map", *(f"z_{j}" for j in range(volumes.z.shape[1]))]
-    nearest = particles_near(volumes, gathered)
     if nearest is not None:
         heads += ["particles nearest to it", "distance to the nearest"]
     extra = [name for name, values in volumes.table.items() if values.dtype.kind in "fiub"]
@@ -164,6 +163,6 @@ def file_table(gathered: Gathered, page: Path, scripts: Mapping[str, str], figur
     rows = tuple(
         (Path(os.path.relpath(path.resolve(), base)).as_posix(), what, how)
         for path, what, how in known
-        if path.exists() or path.parent.name == "report"
+        if path.exists()
     )
     return Table(heads=("file", "what it is", "how to open it"), rows=rows)

@@ -18,8 +18,6 @@ from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.particles import Ctf, Optics
 from cryodrgn_pipeline.simulation.phantom import Phantom
 
-Array = NDArray[np.float64]
-
 
 def frequencies(box_size_px: int) -> tuple[Tensor, Tensor]:
     """Rows `(D,)` and columns `(D/2+1,)` of the real transform, in cycles per box, as rfft2 lays them out."""
@@ -58,7 +56,7 @@ def slices(
 
 def volume(
     phantom: Phantom, motion: float, occupancy: float, *, box_size_px: int, pixel_size_a: float
-) -> Array:
+) -> NDArray[np.float32]:
     """The density of one state, band-limited: `(D, D, D)` float32, indexed [z, y, x]."""
     d = box_size_px
     position, weight = phantom.states(np.array([motion]), np.array([occupancy]))

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from cryodrgn_pipeline.errors import ConfigError
+
 Array = NDArray[np.float64]
 
 MOTIONS = ("hinge", "twist", "slide", "none")
@@ -125,7 +127,10 @@ def make_phantom(
     slack = motion_range / 2 if motion == "slide" else 0.0
     scale = (diameter_a / 2 - slack) / np.linalg.norm(swept, axis=-1).max()
     if scale <= 0:
-        raise ValueError(f"a slide of {motion_range} Å does not fit a particle of {diameter_a} Å")
+        raise ConfigError(
+            f"simulate: a slide of {motion_range:g} Å does not fit a particle of {diameter_a:g} Å; "
+            "lower --motion-range"
+        )
     return Phantom(
         position_a=unscaled.position_a * scale,
         weight=unscaled.weight,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ STRAIGHT = {
 RADIANS = {"defocus_angle_deg": "ctf/df_angle_rad", "phase_shift_deg": "ctf/phase_shift_rad"}
 
 
-def read_cryosparc(path: Path, passthrough: Sequence[Path], class_number: int | None) -> Draft:
+def read_cryosparc(
+    path: Path, passthrough: Sequence[Path], overrides: Mapping[str, float], class_number: int | None
+) -> Draft:
     """Read a cryoSPARC particle file.
 
     Parameters
@@ -40,6 +42,8 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path], class_number: int | 
         `.cs` file with particles, either encoding.
     passthrough
         Further `.cs` files of the same job with the columns that `path` lacks, in any row order.
+    overrides
+        Values of `--set`; the pixel size among them is the one that shifts without a psize_A are taken in.
     class_number
         For ab initio and heterogeneous refinement: take this class's poses, and the particles whose most
         probable class it is.
@@ -69,6 +73,8 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path], class_number: int | 
         if label in table:
             values = table.numbers(label)
             draft.put(name, np.rad2deg(values) if name in RADIANS else values, label)
+    if "pixel_size_a" in overrides:
+        draft.put("pixel_size_a", overrides["pixel_size_a"], "--set")
     if "phase_shift_deg" not in draft.columns:
         draft.put("phase_shift_deg", 0.0, "no ctf/phase_shift_rad: 0")
     group = table.integers("ctf/exp_group_id") if "ctf/exp_group_id" in table else np.zeros(len(table))
@@ -129,18 +135,15 @@ def _poses(draft: Draft, table: CsTable, class_number: int | None, joined: bool)
 
 def _shift(draft: Draft, table: CsTable, prefix: str, shift_px: NDArray[np.float64]) -> None:
     unit = f"{prefix}/psize_A"
-    draft.lacking["shift_x_a"] = draft.lacking["shift_y_a"] = unit
     if unit in table:
         pixel_size = table.numbers(unit)
-    elif "pixel_size_a" in draft.columns:
-        pixel_size = draft.columns["pixel_size_a"]
+    else:
+        pixel_size = draft.pixel_size_a
         draft.warnings.append(
-            f"there is no {unit}, so shifts are taken in pixels of blob/psize_A; the convention check of "
+            f"there is no {unit}, so shifts are taken in pixels of the images; the convention check of "
             "consensus judges that"
         )
-        unit = "blob/psize_A"
-    else:
-        return
+        unit = "pixel_size_a"
     shift_a = shift_from_px(shift_px, pixel_size)
     for axis, name in enumerate(("shift_x_a", "shift_y_a")):
         draft.put(name, shift_a[:, axis], f"{prefix}/shift x {unit}")

@@ -58,6 +58,11 @@ class Draft:
     def __len__(self) -> int:
         return len(self.particle_id)
 
+    @property
+    def pixel_size_a(self) -> NDArray[np.float64]:
+        """The pixel size `(N,)`; NaN until it is known: `override` refuses a set without one."""
+        return self.columns.get("pixel_size_a", np.full(len(self), np.nan))
+
     def put(self, name: str, values: NDArray[np.floating[Any]] | float, origin: str) -> None:
         """Set a column, one value for all or `(N,)`, and say where it comes from."""
         self.columns[name] = np.broadcast_to(np.asarray(values, dtype=np.float64), (len(self),)).copy()
@@ -81,7 +86,9 @@ class Draft:
         if rows:
             shown = size if values is None else values
             largest = float(shown[np.argmax(size)])
-            self.aberrations.append({"name": name, "rows": rows, "max": largest, "effect": effect})
+            self.aberrations.append(
+                {"name": name, "rows": rows, "of": len(size), "max": largest, "effect": effect}
+            )
 
     def override(self, overrides: Mapping[str, float]) -> None:
         """Apply `--set` values, and check that every needed column is there and plausible.

@@ -82,7 +82,6 @@ def read_relion(path: Path, overrides: Mapping[str, float], class_number: int | 
     rows = Rows(path, particles, optics)
     refuse_unsupported(rows)
     draft = _images(path, particles)
-    draft.kind = "star"
     draft.notes.append(
         "RELION 3.1 or later, with optics table" if optics else "RELION 3.0 or older, one table"
     )
@@ -205,9 +204,9 @@ def _poses(draft: Draft, rows: Rows) -> None:
         draft.lacking[name] = f"{label}Angst or {label}"
         if f"{label}Angst" in rows.particles:
             draft.put(name, rows.particles.numbers(f"{label}Angst"), f"{label}Angst")
-        elif label in rows.particles and "pixel_size_a" in draft.columns:
+        elif label in rows.particles:
             pixels = rows.particles.numbers(label)[:, None]
-            shift = shift_from_px(pixels, draft.columns["pixel_size_a"])[:, 0]
+            shift = shift_from_px(pixels, draft.pixel_size_a)[:, 0]
             draft.put(name, shift, f"{label} x pixel_size_a")
 
 

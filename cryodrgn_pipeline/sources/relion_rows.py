@@ -124,7 +124,7 @@ def refuse_unsupported(rows: Rows) -> None:
         raise InputFormatError(
             f"{rows.path}: rlnImageDimensionality is not 2: subtomograms are not supported"
         )
-    if "rlnGroupName" in rows.particles and "rlnGroupName" not in (rows.optics or ()):
+    if "rlnGroupName" in rows.particles:
         _refuse_tilts(rows)
 
 
@@ -145,5 +145,6 @@ def _refuse_tilts(rows: Rows) -> None:
         if varied:
             raise InputFormatError(
                 f"{rows.path}: {varied} groups of rows share an rlnGroupName while {name} changes within "
-                "them, as in the tilts of a tilt series; tilt series are not supported"
+                "them, as in the tilts of a tilt series; tilt series are not supported. If these are single "
+                "particles, take the column rlnGroupName out of the file"
             )

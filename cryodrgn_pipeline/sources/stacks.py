@@ -45,12 +45,12 @@ def find_stacks(draft: Draft, datadir: Path | None) -> tuple[Path, ...]:
     """
     table_folder = draft.path.resolve().parent
     bases = [*([datadir] if datadir else []), Path.cwd(), table_folder, *table_folder.parents]
-    names = Counter(Path(_plain(path)).name for path in draft.stack_paths)
+    names = Counter(Path(plain_path(path)).name for path in draft.stack_paths)
     found: list[Path] = []
     missing: list[str] = []
     tried: list[Path] = []
     for source_path in draft.stack_paths:
-        plain = _plain(source_path)
+        plain = plain_path(source_path)
         candidates = [base / plain for base in bases]
         if source_path.startswith(EXPORTED):
             candidates.insert(0, table_folder / plain)
@@ -76,7 +76,8 @@ def find_stacks(draft: Draft, datadir: Path | None) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _plain(source_path: str) -> str:
+def plain_path(source_path: str) -> str:
+    """The path without cryoSPARC's leading `>` (exported) and RELION's trailing `:mrcs` (read as a stack)."""
     return source_path.removeprefix(EXPORTED).removesuffix(RELION_STACK_TYPE)
 
 

@@ -25,7 +25,7 @@ from cryodrgn_pipeline.stack import Stack
 log = logging.getLogger(__name__)
 
 READ_ROWS = 512  # contiguous images read at a time
-SHUFFLE_CHUNKS = 16  # chunks mixed with each other when images are read lazily
+SHUFFLE_CHUNKS = 16  # chunks whose images are mixed with each other
 NORMALISATION_IMAGES = 1000
 
 
@@ -82,7 +82,6 @@ class TrainingData:
         plane, encoder_plane = model.plane(), model.encoder_plane()
         self.plane = plane.to(device)
         self._plane_cpu, self._encoder_plane = plane, encoder_plane.to(device)
-        self._n_encoder = len(encoder_plane)
         self._aligned = model.encoder_input == "aligned"
         particles = stack.particles.take(rows)
         self.particle_id = particles.particle_id
@@ -124,19 +123,18 @@ class TrainingData:
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the given stack rows."""
-        position = torch.from_numpy(self._position[rows]).to(self.device)
-        if self._coefficients is None:
-            stored = self._read(rows)
-        else:
-            stored = self._coefficients[torch.from_numpy(self._position[rows])]
-        stored = stored.to(self.device, non_blocking=True)
+        position = torch.from_numpy(self._position[rows])
+        stored = self._read(rows) if self._coefficients is None else self._coefficients[position]
+        position, stored = position.to(self.device), stored.to(self.device, non_blocking=True)
         transfer = self._transfer(position, torch.stack([self.plane.kx, self.plane.ky], dim=-1))
         coefficients = stored[:, : len(self.plane)]
-        seen, seen_transfer = coefficients[:, : self._n_encoder], transfer[:, : self._n_encoder]
         if self._aligned:
             seen = stored[:, len(self.plane) :]
             angle = in_plane_angle(self._rotation[position])
             seen_transfer = self._transfer(position, turned_half_plane(self._encoder_plane, angle))
+        else:
+            inner = slice(len(self._encoder_plane))
+            seen, seen_transfer = coefficients[:, inner], transfer[:, inner]
         return Batch(
             rows=rows,
             coefficients=coefficients,
@@ -166,12 +164,11 @@ class TrainingData:
     def epoch_order(self, rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
         """A random order of `rows`, fixed by seed and epoch.
 
-        From memory: a full permutation. Lazily: chunks of consecutive rows are shuffled, and images among
-        the chunks next to each other, so that the disk is read in long runs.
+        Chunks of consecutive rows are shuffled, and images among the chunks next to each other, so that a
+        disk is read in long runs. From memory the order is the same: how much of it is free when a training
+        resumes must not change the result.
         """
         generator = np.random.default_rng([seed, epoch])
-        if self._coefficients is not None:
-            return generator.permutation(rows)
         chunks = [rows[i : i + READ_ROWS] for i in range(0, len(rows), READ_ROWS)]
         chunks = [chunks[i] for i in generator.permutation(len(chunks))]
         windows = (chunks[i : i + SHUFFLE_CHUNKS] for i in range(0, len(chunks), SHUFFLE_CHUNKS))

@@ -132,46 +132,48 @@ class Trainer:
                     pending.append((batch, *self._step(batch)))
                     standing.batch += 1
                     standing.step += 1
-                    minutes_due = time.monotonic() - last_save > 60 * settings.checkpoint_every_minutes
-                    if len(pending) >= LOSSES_IN_FLIGHT[self.device.type] or stop or minutes_due:
+                    minutes = (time.monotonic() - last_save) / 60
+                    save_due = bool(stop) or minutes > settings.checkpoint_every_minutes
+                    if save_due or len(pending) >= LOSSES_IN_FLIGHT[self.device.type]:
                         self._account(pending)
                     tick = self._clock(tick)
                     advance(len(batch.rows), note=f"epoch {standing.epoch + 1} of {settings.epochs}")
-                    if (stop or minutes_due) and standing.batch < batches_per_epoch:
+                    if save_due and standing.batch < batches_per_epoch:
                         save()
                         last_save = time.monotonic()
                         if stop.signal_number is not None:
                             raise Interrupted(stop.signal_number)
                 self._account(pending)
                 self._end_epoch()
-                if standing.epoch % settings.checkpoint_every_epochs == 0 or stop or minutes_due:
+                last = standing.epoch == settings.epochs
+                ended_by = stop.signal_number
+                save_due = save_due or ended_by is not None or last
+                if save_due or standing.epoch % settings.checkpoint_every_epochs == 0:
                     save()
                     last_save = time.monotonic()
-                if stop.signal_number is not None and standing.epoch < settings.epochs:
-                    raise Interrupted(stop.signal_number)
-        save()
+                if ended_by is not None and not last:
+                    raise Interrupted(ended_by)
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update; returns reconstruction loss and KL divergence per image, `(B,)` each."""
         draws = torch.Generator().manual_seed(_mix(self.settings.seed, self.progress.step))
         n_points = len(self.data.plane)
-        chosen = round(self.settings.coordinate_fraction * n_points)
+        chosen = max(1, round(self.settings.coordinate_fraction * n_points))
         points: Tensor | slice = slice(None)
         if chosen < n_points:
-            points = torch.randperm(n_points, generator=draws)[: max(chosen, 1)].to(self.device)
+            points = torch.randperm(n_points, generator=draws)[:chosen].to(self.device)
         with torch.autocast(**self.autocast):
             mean, log_variance = self.vae.encode(batch.flipped)
         mean, log_variance = mean.float(), log_variance.float()
         noise = torch.randn(mean.shape, generator=draws).to(self.device)
         z = mean + noise * torch.exp(0.5 * log_variance)
         self.optimizer.zero_grad(set_to_none=True)
-        z_leaf = (
-            z.detach().requires_grad_()
-        )  # the decoder's part of the graph is cut here and freed by pieces
+        # the decoder's part of the graph is cut here and freed by pieces
+        z_leaf = z.detach().requires_grad_()
         error = torch.cat(
             [
                 self._backward_piece(batch, piece, points, z_leaf)
-                for piece in self._pieces(len(batch.rows), min(chosen, n_points))
+                for piece in self._pieces(len(batch.rows), chosen)
             ]
         )
         divergence = kl_divergence(mean, log_variance)
@@ -258,7 +260,7 @@ class Trainer:
     ) -> dict[str, NDArray[Any]]:
         """Per image: latent `mean` and `std` `(N, z)`; `loss` at the mean over `points` and `kld`, `(N,)`."""
         self.vae.eval()
-        n_points = len(self.data.plane.kx[points])
+        n_points = len(self.data.plane.at(points))
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "loss": [], "kld": []}
         for batch in self.data.batches(rows, max(self.settings.batch_size, 64)):
             with torch.autocast(**self.autocast):

@@ -13,19 +13,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.half_sets import image_of_id
 from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
-from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration
-from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
-from cryodrgn_pipeline.training.state import MANIFEST, OUTPUTS, CheckpointFolder, StopRequest, only_writer
+from cryodrgn_pipeline.training.state import (
+    MANIFEST,
+    CheckpointFolder,
+    StopRequest,
+    finished,
+    only_writer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +70,7 @@ def train_vae(request: TrainingRequest) -> None:
     device = choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    stack = Stack.open(request.stack)
-    stack.particles.require_poses("train")
-    rows = np.arange(len(stack))
-    if request.subset is not None:
-        rows = read_id_rows(request.subset, stack.particles.particle_id, f"the stack {request.stack}")
+    stack, rows = stack_rows(request.stack, request.subset)
     described = {
         "method": "vae",
         "stack": stack.fingerprint,
@@ -78,7 +80,7 @@ def train_vae(request: TrainingRequest) -> None:
     }
     fingerprint = digest(described)
     with only_writer(request.run), StopRequest().listening() as stop:
-        if _already_done(request.run, fingerprint, settings.epochs):
+        if finished(request.run, fingerprint, settings.epochs):
             log.info("%s: already trained with these images and settings, nothing to do", request.run)
             return
         _train(request, stack, rows, fingerprint, device, stop)
@@ -177,10 +179,7 @@ def split_held_out(
     rows: NDArray[np.int64], particle_id: NDArray[Any], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Training and held-out rows; repeats of one image (`id#2`, `id#3`) stay on the same side."""
-    images = particle_id
-    if particle_id.dtype.kind != "u":
-        images = np.array([str(i).rsplit("#", 1)[0] for i in particle_id])
-    unique, group = np.unique(images, return_inverse=True)
+    unique, group = np.unique(image_of_id(particle_id), return_inverse=True)
     count = min(round(fraction * len(unique)), len(unique) - 1)
     chosen = np.random.default_rng([seed, 1]).permutation(len(unique))[:count]
     held_out = np.isin(group, chosen)
@@ -189,19 +188,6 @@ def split_held_out(
 
 def _trained(trainer: Trainer, stack: Stack) -> TrainedModel:
     return TrainedModel(vae=trainer.vae, scale=trainer.data.scale, pixel_size_a=stack.pixel_size_a)
-
-
-def _already_done(run: Path, fingerprint: str, epochs: int) -> bool:
-    try:
-        manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        raise InputFormatError(
-            f"{run / 'run.json'}: not JSON ({error}). Remove it and train again."
-        ) from error
-    whole = all((run / name).is_file() for name in OUTPUTS)
-    return whole and manifest.get("fingerprint") == fingerprint and manifest.get("epochs") == epochs
 
 
 def _write_latents(

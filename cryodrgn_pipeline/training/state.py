@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.errors import InputFormatError, TrainingError
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, load_state, save_state
 
@@ -79,6 +79,25 @@ class CheckpointFolder:
             if (self.run / name).exists():
                 (self.run / name).rename(aside / name)
         log.info("older checkpoints and results moved to %s: %s", aside, why)
+
+
+def finished(run: Path, fingerprint: str, epochs: int | None = None) -> bool:
+    """Whether the run folder holds all results of this very training.
+
+    Raises
+    ------
+    InputFormatError
+        If its manifest is damaged.
+    """
+    try:
+        manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise InputFormatError(f"{run / MANIFEST}: not JSON ({error}). Remove it and train again.") from error
+    whole = all((run / name).is_file() for name in OUTPUTS)
+    same_length = epochs is None or manifest.get("epochs") == epochs
+    return whole and same_length and manifest.get("fingerprint") == fingerprint
 
 
 @contextmanager

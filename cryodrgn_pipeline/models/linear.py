@@ -1,0 +1,58 @@
+"""A linear latent model: the density at z is a mean map plus component maps times the coordinates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.slices import resample_volume
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearModel:
+    """`maps` `(K, D, D, D)` float32 in the grey scale of the images, one for each factor of `factors`.
+
+    The first `components` of `latent_dim` coordinates carry signal, the others are 0 everywhere; squares and
+    products of the first `curved` of them bend the path that the density takes.
+    """
+
+    maps: Tensor
+    latent_dim: int
+    components: int
+    curved: int
+    pixel_size_a: float
+
+    def __post_init__(self) -> None:
+        expected = len(factors(torch.zeros(1, self.latent_dim), self.components, self.curved)[0])
+        if len(self.maps) != expected or self.maps.ndim != 4:
+            raise ValueError(f"{tuple(self.maps.shape)} maps do not fit {expected} factors")
+
+    @property
+    def box_size_px(self) -> int:
+        """Box of the maps."""
+        return int(self.maps.shape[-1])
+
+    def density(self, z: Tensor, box_size_px: int) -> Tensor:
+        """The map at z `(latent_dim,)` on a grid of this box with the same field of view: `(d, d, d)`."""
+        weights = factors(z[None].to(self.maps), self.components, self.curved)[0]
+        density: Tensor = torch.tensordot(weights, self.maps, dims=1)
+        d = self.box_size_px
+        if box_size_px == d:
+            return density
+        return resample_volume(density, self.pixel_size_a, box_size_px, self.pixel_size_a * d / box_size_px)
+
+
+def factors(z: Tensor, components: int, curved: int) -> Tensor:
+    """What the maps are multiplied by: 1, the coordinates, and products of the first `curved`.
+
+    `(B, latent_dim)` → `(B, 1 + components + curved (curved + 1) / 2)`; squares less 1, so that all but the
+    first have mean 0 over coordinates of mean 0 and variance 1.
+    """
+    one = z.new_ones(len(z), 1)
+    columns = [one, z[:, :components]]
+    for j in range(curved):
+        for k in range(j + 1):
+            columns.append(z[:, j : j + 1] * z[:, k : k + 1] - (one if j == k else 0))
+    return torch.cat(columns, dim=1)

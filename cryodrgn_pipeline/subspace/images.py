@@ -1,0 +1,85 @@
+"""The images of a stack at a coarse-to-fine level: streamed from disk, or kept where they fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane
+from cryodrgn_pipeline.fourier_images import SMALLEST_NOISE, FourierImages, stream
+
+if TYPE_CHECKING:
+    from cryodrgn_pipeline.stack import Stack
+
+KEPT_BYTES = 2 * 2**30
+
+
+def level_plane(box_size_px: int, level_px: int) -> HalfPlane:
+    """The half plane of a D px box within the Nyquist frequency of `level_px`, with DC as its first point."""
+    plane = half_plane(box_size_px, level_px / 2 - 0.01)
+    zero = torch.zeros(1, dtype=plane.kx.dtype)
+    return HalfPlane(box_size_px=box_size_px, ky=torch.cat([zero, plane.ky]), kx=torch.cat([zero, plane.kx]))
+
+
+class LevelImages:
+    """Rows of a stack, seen up to the Nyquist frequency of a smaller box.
+
+    `plane`, `weight` `(groups, P)`: one over the noise power |F|² of each optics group; DC, which is its own
+    mirror image, counts half.
+    """
+
+    def __init__(self, stack: Stack, rows: NDArray[np.int64], level_px: int, *, white: bool = False) -> None:
+        self.stack, self.rows, self.level_px = stack, rows, level_px
+        self.plane = level_plane(stack.box_size_px, level_px)
+        self.weight, self.groups = noise_precision(stack.noise, self.plane, white=white)
+        self._kept: list[tuple[slice, FourierImages]] | None = None
+        self._keep = len(rows) * len(self.plane) * 12 <= KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def coefficients(self) -> int:
+        """How many real numbers of an image are seen."""
+        return 2 * len(self.plane) - 1
+
+    def chunks(self) -> Iterator[tuple[slice, FourierImages]]:
+        """The images in chunks: their place in `rows`, and their data."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        for part, images in stream(self.stack, self.rows, self.plane, self.groups):
+            if self._keep:
+                kept.append((part, images))
+            yield part, images
+        if self._keep:
+            self._kept = kept
+
+
+def noise_precision(
+    noise: dict[int, NDArray[np.float64]], plane: HalfPlane, *, white: bool
+) -> tuple[Tensor, dict[int, int]]:
+    """One over the noise power of each optics group at the half plane, `(groups, P)`, and the groups' rows.
+
+    Parameters
+    ----------
+    noise
+        Optics group → `(D/2+1,)` noise power per shell.
+    white
+        Take the median over the shells for all of them.
+    """
+    rows = {group: row for row, group in enumerate(sorted(noise))}
+    table = torch.empty(len(rows), len(plane))
+    for group, row in rows.items():
+        power = noise[group]
+        power = np.full_like(power, np.median(power)) if white else power
+        power = np.maximum(power, SMALLEST_NOISE * np.median(power))
+        table[row] = torch.from_numpy(1 / np.interp(plane.radius.numpy(), np.arange(len(power)), power))
+    table[:, 0] /= 2
+    return table, rows

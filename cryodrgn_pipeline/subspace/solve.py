@@ -1,0 +1,199 @@
+"""K maps from their normal equations: conjugate gradients on the exact operator, inside a soft mask.
+
+The sums of `NormalEquations`, freed from the window of trilinear splatting, are the transform of a Toeplitz
+operator: padding to 2 D makes its action on D³ voxels a product in Fourier space.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.slices import PADDING, gridding_window, volume_grid
+from cryodrgn_pipeline.reconstruct import grid_shells
+from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, pack, unpack
+
+BEYOND = 1e3  # times the strongest prior, where |k| > D/2 and no image says anything
+
+
+class Lattice:
+    """Padded Fourier lattice of D³ maps: shells, windows, transforms, and the mask that maps live in."""
+
+    def __init__(self, box_size_px: int, *, device: torch.device | str = "cpu") -> None:
+        d = box_size_px
+        self.box_size_px, self.size = d, PADDING * d
+        self.shape = (self.size, self.size, self.size // 2 + 1)
+        radius = grid_shells(self.size, device=device)
+        self.shell = radius.round().long().clamp(max=d // 2).flatten()
+        self.inside = (radius <= d / 2).flatten()
+        self.mask = torch.ones(d, d, d, device=device)
+        wrapped = torch.fft.fftfreq(self.size, device=device)
+        axis = 1 / torch.sinc(wrapped) ** 2
+        self._window = axis[:, None, None] * axis[None, :, None] * axis[None, None, :]
+        k = torch.arange(self.size, device=device)
+        parity = 1.0 - 2.0 * (k % 2)
+        self._centre = parity[:, None, None] * parity[None, :, None] * parity[: self.size // 2 + 1]
+        self._apodisation = gridding_window(d, device=device)
+
+    @property
+    def mask_fraction(self) -> float:
+        """Σ mask² over the voxels of the padded box: the share of a transform's power that a map may have."""
+        return float(self.mask.square().sum()) / self.size**3
+
+    def spectra(self, maps: Tensor) -> Tensor:
+        """Transforms `(K, E, E, E/2+1)` of `(K, D, D, D)` maps, origin at index 0."""
+        result: Tensor = torch.fft.rfftn(maps, s=(self.size,) * 3, dim=(-3, -2, -1))
+        return result
+
+    def adjoint(self, spectra: Tensor) -> Tensor:
+        """The adjoint of `spectra`, counted over all frequencies: `(K, D, D, D)`."""
+        d = self.box_size_px
+        padded: Tensor = torch.fft.irfftn(spectra, s=(self.size,) * 3, dim=(-3, -2, -1), norm="forward")
+        return padded[:, :d, :d, :d]
+
+    def columns(self, maps: Tensor) -> Tensor:
+        """The maps as `inner_products` reads them: `(G, 2K)` float32."""
+        return grid_columns(torch.stack([volume_grid(one) for one in maps]))
+
+    def right_hand_side(self, sums: Tensor) -> Tensor:
+        """What splatted Σ w c a y `(K, E, E, E/2+1)` says about the voxels, `(K, D, D, D)`."""
+        d, edge = self.box_size_px, (self.size - self.box_size_px) // 2
+        padded: Tensor = torch.fft.irfftn(
+            sums * self._centre, s=(self.size,) * 3, dim=(-3, -2, -1), norm="forward"
+        )
+        inner = slice(edge, edge + d)
+        return padded[:, inner, inner, inner] / self._apodisation
+
+    def without_window(self, normal: Tensor) -> Tensor:
+        """Packed splatted weights `(G, P)` without the window that trilinear splatting put on them."""
+        return self._windowed(normal, self._window)
+
+    def smoothed(self, normal: Tensor) -> Tensor:
+        """Packed splatted weights `(G, P)` averaged over what the mask's transform cannot tell apart.
+
+        They are the diagonal blocks of the operator on masked maps: a grid point that no image touched is
+        still known from its neighbours.
+        """
+        overlap = torch.fft.irfftn(self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3)
+        return self._windowed(normal, overlap / overlap[0, 0, 0])
+
+    def _windowed(self, normal: Tensor, window: Tensor) -> Tensor:
+        out = torch.empty_like(normal)
+        for n in range(normal.shape[1]):
+            weights = normal[:, n].reshape(self.shape).to(torch.complex64)
+            kernel = torch.fft.irfftn(weights, s=(self.size,) * 3)
+            out[:, n] = torch.fft.rfftn(kernel * window).real.flatten()
+        return out
+
+    def shell_power(self, maps: Tensor) -> Tensor:
+        """Mean |F|² per shell 0 … D/2 of `(K, D, D, D)` maps, `(K, D/2+1)` float64."""
+        shells = self.box_size_px // 2 + 1
+        power = self.spectra(maps).abs().square().flatten(1)[:, self.inside].double()
+        shell = self.shell[self.inside]
+        counts = torch.bincount(shell, minlength=shells)
+        sums = torch.zeros(len(maps), shells, dtype=torch.float64, device=maps.device)
+        return sums.index_add_(1, shell, power) / counts
+
+    def mean_weight(self, weight: Tensor) -> Tensor:
+        """Mean of a `(G,)` weight per shell 0 … D/2, `(D/2+1,)` float64."""
+        shells, shell = self.box_size_px // 2 + 1, self.shell[self.inside]
+        sums = torch.zeros(shells, dtype=torch.float64, device=weight.device)
+        sums.index_add_(0, shell, weight[self.inside].double())
+        return sums / torch.bincount(shell, minlength=shells)
+
+
+def solve(
+    lattice: Lattice,
+    right: Tensor,
+    normal: Tensor,
+    prior: Tensor,
+    *,
+    start: Tensor | None = None,
+    iterations: int = 4,
+    kernel: str = "auto",
+) -> Tensor:
+    """Maps that minimise Σ w |y − c Σⱼ aⱼ S Vⱼ|² + Σ |F V|² / prior within the mask.
+
+    Parameters
+    ----------
+    right, normal
+        `(K, E, E, E/2+1)` and `(G, K(K+1)/2)` from `NormalEquations.complete`.
+    prior
+        `(K, D/2+1)` expected power |F|² per coefficient of each map's padded transform.
+    start
+        `(K, D, D, D)` maps to go on from; without them the preconditioner makes the start.
+    iterations
+        Conjugate gradient steps; 0 gives the preconditioner's answer (the diagonal approximation).
+
+    Returns
+    -------
+    `(K, D, D, D)` float32.
+    """
+    maps = len(right)
+    use_numba = compiled(kernel, normal.device)
+    ridge = (1 / prior).T.to(normal)  # (D/2+1, K)
+    at_shell = torch.cat([ridge, ridge.amax().mul(BEYOND).expand(1, maps)])
+    shell = torch.where(lattice.inside, lattice.shell, len(ridge))
+    inverse = _inverse(lattice.smoothed(normal), at_shell, shell, use_numba)
+    operator = None
+    if iterations:
+        operator = lattice.without_window(normal)
+        diagonal = [j * (j + 3) // 2 for j in range(maps)]
+        operator[:, diagonal] += at_shell[shell]
+    mask = lattice.mask
+
+    def filtered(volumes: Tensor, packed: Tensor) -> Tensor:
+        spectra = lattice.spectra(volumes * mask)
+        product = _apply(packed, spectra.flatten(1), use_numba).reshape(spectra.shape)
+        return lattice.adjoint(product) * mask
+
+    def preconditioned(volumes: Tensor) -> Tensor:
+        return filtered(volumes, inverse) / lattice.size**6
+
+    target = lattice.right_hand_side(right) * mask
+    if operator is None:
+        return preconditioned(target)
+    x = preconditioned(target) if start is None else start.clone()
+    residual = target - filtered(x, operator)
+    direction = z = preconditioned(residual)
+    rz = _dot(residual, z)
+    for _ in range(iterations):
+        image = filtered(direction, operator)
+        curvature = _dot(direction, image)
+        if not curvature > 0 or not rz > 0:
+            break  # rounding has the last word: converged
+        step = rz / curvature
+        x = x + step * direction
+        residual = residual - step * image
+        z = preconditioned(residual)
+        rz, former = _dot(residual, z), rz
+        direction = z + (rz / former) * direction
+    return x
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum())
+
+
+def _apply(packed: Tensor, spectra: Tensor, use_numba: bool) -> Tensor:
+    if use_numba:
+        from cryodrgn_pipeline.subspace.kernels import apply_packed
+
+        out = torch.empty_like(spectra)
+        apply_packed(packed.numpy(), spectra.numpy(), out.numpy())
+        return out
+    return torch.einsum("gjk,kg->jg", unpack(packed, len(spectra)).to(spectra), spectra)
+
+
+def _inverse(normal: Tensor, ridge: Tensor, shell: Tensor, use_numba: bool) -> Tensor:
+    """Packed inverses of the matrices at each grid point with their prior on the diagonal."""
+    if use_numba:
+        from cryodrgn_pipeline.subspace.kernels import invert_packed
+
+        out = torch.empty_like(normal)
+        invert_packed(normal.numpy(), ridge.double().numpy(), shell.numpy(), out.numpy())
+        return out
+    matrices = unpack(normal.double(), ridge.shape[1])
+    diagonal = torch.diagonal(matrices, dim1=-2, dim2=-1)
+    diagonal.clamp_(min=0).add_(ridge[shell].double())
+    return pack(torch.linalg.inv(matrices)).float()

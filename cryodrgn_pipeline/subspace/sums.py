@@ -1,0 +1,182 @@
+"""The two passes over the images that expectation maximisation needs, and packed symmetric matrices.
+
+M-step: `NormalEquations` adds up Σ w c a y and Σ w c² E[a aᵀ] on the padded Fourier grid. E-step:
+`inner_products` says how each image's slices of the K maps lie to each other and to the image. Torch is the
+reference path (and the one for GPUs); on CPUs compiled kernels make the same sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.fourier.slices import (
+    PADDING,
+    complete_splat,
+    extract_slices,
+    slice_coordinates,
+    splat_slices,
+)
+from cryodrgn_pipeline.fourier_images import FourierImages
+
+
+def pairs(maps: int) -> list[tuple[int, int]]:
+    """Index pairs of a packed symmetric K × K matrix, in the order in which its entries are stored."""
+    return [(j, k) for j in range(maps) for k in range(j + 1)]
+
+
+def pack(matrices: Tensor) -> Tensor:
+    """Symmetric `(..., K, K)` → lower triangle `(..., K(K+1)/2)`."""
+    j, k = torch.tensor(pairs(matrices.shape[-1]), device=matrices.device).T
+    return matrices[..., j, k]
+
+
+def unpack(packed: Tensor, maps: int) -> Tensor:
+    """Lower triangle `(..., K(K+1)/2)` → symmetric `(..., K, K)`."""
+    j, k = torch.tensor(pairs(maps), device=packed.device).T
+    matrices = packed.new_empty(*packed.shape[:-1], maps, maps)
+    matrices[..., j, k] = packed
+    matrices[..., k, j] = packed
+    return matrices
+
+
+def compiled(kernel: str, device: torch.device) -> bool:
+    """Whether `kernel` (auto, torch or numba) means the compiled path on this device."""
+    if kernel not in ("auto", "torch", "numba"):
+        raise ValueError(f"kernel must be auto, torch or numba, not {kernel}")
+    return kernel == "numba" or (kernel == "auto" and device.type == "cpu")
+
+
+class NormalEquations:
+    """Running sums for K maps of D³ voxels on the half grid of E = 2 D.
+
+    `right` `(G, 2K)` float32 holds Σ w c a y (K real, then K imaginary parts), `normal` `(G, K(K+1)/2)` holds
+    Σ w c² E[a aᵀ]; G = E · E · (E/2+1).
+    """
+
+    def __init__(
+        self, box_size_px: int, maps: int, *, kernel: str = "auto", device: torch.device | str = "cpu"
+    ) -> None:
+        self.box_size_px, self.maps, self.size = box_size_px, maps, PADDING * box_size_px
+        self.kernel, points = kernel, self.size**2 * (self.size // 2 + 1)
+        self.right = torch.zeros(points, 2 * maps, device=device)
+        self.normal = torch.zeros(points, maps * (maps + 1) // 2, device=device)
+
+    def add(self, images: FourierImages, weight: Tensor, linear: Tensor, second: Tensor) -> None:
+        """Add B images.
+
+        Parameters
+        ----------
+        weight
+            `(groups, P)` one over the noise power.
+        linear, second
+            `(B, K)` E[a], the factor of each map in each image, and `(B, K(K+1)/2)` packed E[a aᵀ].
+        """
+        linear, second = linear.float().contiguous(), second.float().contiguous()
+        if compiled(self.kernel, self.right.device):
+            self._add_compiled(images, weight, linear, second)
+            return
+        where = slice_coordinates(images.plane, images.rotation, images.scale)
+        weighted = weight[images.noise_group] * images.ctf
+        for j in range(self.maps):
+            grid = splat_slices(weighted * images.coefficients * linear[:, j, None], where, self.size)
+            self.right[:, j] += grid.real.flatten()
+            self.right[:, self.maps + j] += grid.imag.flatten()
+        for n in range(second.shape[1]):
+            grid = splat_slices(weighted * images.ctf * second[:, n, None], where, self.size)
+            self.normal[:, n] += grid.flatten()
+
+    def _add_compiled(self, images: FourierImages, weight: Tensor, linear: Tensor, second: Tensor) -> None:
+        from cryodrgn_pipeline.reconstruct_kernels import balanced_slabs, use_threads
+        from cryodrgn_pipeline.subspace.kernels import splat
+
+        slabs = balanced_slabs(self.size, use_threads(torch.get_num_threads()))
+        factors = (linear.numpy(), second.numpy())
+        splat(
+            self.right.numpy(), self.normal.numpy(), self.size, slabs, *factors, *_as_arrays(images, weight)
+        )
+
+    def complete(self) -> tuple[Tensor, Tensor]:
+        """The sums over all frequencies: `(K, E, E, E/2+1)` complex64 and the packed `(G, K(K+1)/2)`."""
+        shape = (self.size, self.size, self.size // 2 + 1)
+        spectra = torch.complex(self.right[:, : self.maps], self.right[:, self.maps :])
+        right = torch.stack([complete_splat(spectra[:, j].reshape(shape)) for j in range(self.maps)])
+        normal = self.normal.clone()
+        for n in range(normal.shape[1]):
+            normal[:, n] = complete_splat(self.normal[:, n].reshape(shape)).flatten()
+        return right, normal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerProducts:
+    """How B images see K maps, all weighted by one over the noise power and counted over both half planes.
+
+    `gram` `(B, K, K)` of the CTF-filtered slices; `inner` `(B, K)` of slices and image; `power` `(B,)` of the
+    image. With these −2 log p(image | factors a) = power − 2 a·inner + aᵀ gram a + const.
+    """
+
+    gram: Tensor
+    inner: Tensor
+    power: Tensor
+
+
+def grid_columns(grids: Tensor) -> Tensor:
+    """Half grids `(K, E, E, E/2+1)` complex as the kernels read them: `(G, 2K)` float32."""
+    flat = grids.flatten(1)
+    return torch.cat([flat.real, flat.imag]).T.float().contiguous()
+
+
+def inner_products(
+    columns: Tensor, size: int, images: FourierImages, weight: Tensor, *, kernel: str = "auto"
+) -> InnerProducts:
+    """Inner products of B images with the slices of K maps.
+
+    Parameters
+    ----------
+    columns, size
+        `(G, 2K)` from `grid_columns`, and E.
+    weight
+        `(groups, P)` one over the noise power.
+    """
+    maps, count = columns.shape[1] // 2, len(images)
+    if compiled(kernel, columns.device):
+        from cryodrgn_pipeline.reconstruct_kernels import use_threads
+        from cryodrgn_pipeline.subspace.kernels import inner_products as run
+
+        use_threads(torch.get_num_threads())
+        packed, inner, power = (
+            torch.empty(count, maps * (maps + 1) // 2),
+            torch.empty(count, maps),
+            torch.empty(count),
+        )
+        out = (packed.numpy(), inner.numpy(), power.numpy())
+        run(columns.numpy(), size, *out, *_as_arrays(images, weight))
+        gram = unpack(packed, maps)
+    else:
+        where = slice_coordinates(images.plane, images.rotation, images.scale)
+        grids = torch.complex(columns[:, :maps], columns[:, maps:]).T
+        shape = (size, size, size // 2 + 1)
+        samples = [images.ctf * extract_slices(grid.reshape(shape), where) for grid in grids]
+        weighted = weight[images.noise_group]
+        power = (weighted * images.coefficients.abs() ** 2).sum(1)
+        inner = torch.stack([(weighted * (s.conj() * images.coefficients).real).sum(1) for s in samples], 1)
+        stacked = torch.stack(samples, 1)
+        gram = torch.einsum("bjp,bkp->bjk", (weighted[:, None] * stacked).conj(), stacked).real
+    return InnerProducts(gram=2 * gram.double(), inner=2 * inner.double(), power=2 * power.double())
+
+
+def _as_arrays(images: FourierImages, weight: Tensor) -> tuple[NDArray[Any], ...]:
+    return (
+        images.rotation.numpy(),
+        (images.scale * PADDING).numpy(),
+        images.plane.kx.float().numpy(),
+        images.plane.ky.float().numpy(),
+        images.coefficients.numpy(),
+        images.ctf.numpy(),
+        weight.float().numpy(),
+        images.noise_group.numpy(),
+    )
