@@ -212,11 +212,12 @@ def test_components_that_new_images_do_not_support_are_not_kept() -> None:
 def test_a_linear_model_is_stored_and_draws_its_maps(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(4)
     smooth = torch.stack([blobs.density(BOX, blobs.CENTRES * s) for s in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)])
-    model = LinearModel(maps=smooth, latent_dim=4, components=2, curved=2, pixel_size_a=3.0)
+    spread = torch.tensor([1.0, 0.5])
+    model = LinearModel(maps=smooth, spread=spread, latent_dim=4, curved=2, pixel_size_a=3.0)
     save_linear_model(tmp_path / "model.safetensors", model)
     again = load_model(tmp_path)
     z = torch.randn(4, generator=rng)
-    expected = torch.tensordot(factors(z[None], 2, 2)[0], smooth, dims=1)
+    expected = torch.tensordot(factors((z[:2] / spread)[None], 2)[0], smooth, dims=1)
     assert torch.allclose(again.density(z, BOX), expected)
     assert again.latent_dim == 4
     assert again.pixel_size_a == 3.0
@@ -258,7 +259,7 @@ def test_latents_come_with_their_posterior(learnt: Path) -> None:
     assert latents.z.shape == (1500, 8)
     assert 2 <= kept < 8
     assert (latents.z[:, kept:] == 0).all()
-    assert (latents.std[:, kept:] == 1).all()
+    assert (latents.std[:, kept:] == 0).all()
     assert (latents.std[:, :kept] < 1).all()
     assert (latents.std[:, :kept] > 0).all()
     columns = read_columns(learnt / "run" / "latent.parquet", "")

@@ -60,10 +60,11 @@ def save_model(path: Path, model: TrainedModel) -> None:
 
 def save_linear_model(path: Path, model: LinearModel) -> None:
     """Write a linear model's maps and, as JSON metadata, what they are multiplied by, atomically."""
-    config = {"latent_dim": model.latent_dim, "components": model.components, "curved": model.curved}
+    config = {"latent_dim": model.latent_dim, "curved": model.curved}
     meta = {"format": LINEAR, "config": json.dumps(config), "pixel_size_a": repr(model.pixel_size_a)}
     with replacing(path) as temporary:
-        temporary.write_bytes(save({"maps": model.maps.cpu().contiguous()}, metadata=meta))
+        tensors = {"maps": model.maps.cpu().contiguous(), "spread": model.spread.cpu().contiguous()}
+        temporary.write_bytes(save(tensors, metadata=meta))
 
 
 def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel | LinearModel:
@@ -86,8 +87,8 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel | 
         raise InputFormatError(f"{path}: not a readable safetensors file ({error}). Train again.") from error
     if meta.get("format") == LINEAR:
         config = json.loads(meta["config"])
-        maps = tensors["maps"].to(device)
-        return LinearModel(maps=maps, pixel_size_a=float(meta["pixel_size_a"]), **config)
+        on_device = {name: value.to(device) for name, value in tensors.items()}
+        return LinearModel(**on_device, pixel_size_a=float(meta["pixel_size_a"]), **config)
     if meta.get("format") != VAE:
         raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected {VAE!r} or {LINEAR!r}.")
     vae = Vae(VaeConfig(**json.loads(meta["config"])))

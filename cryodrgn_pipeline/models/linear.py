@@ -14,20 +14,25 @@ from cryodrgn_pipeline.fourier.slices import resample_volume
 class LinearModel:
     """`maps` `(K, D, D, D)` float32 in the grey scale of the images, one for each factor of `factors`.
 
-    The first `components` of `latent_dim` coordinates carry signal, the others are 0 everywhere; squares and
-    products of the first `curved` of them bend the path that the density takes.
+    Of `latent_dim` coordinates the first J carry signal, with standard deviations `spread` `(J,)`; the others
+    are 0 everywhere. Squares and products of the first `curved` bend the path that the density takes.
     """
 
     maps: Tensor
+    spread: Tensor
     latent_dim: int
-    components: int
     curved: int
     pixel_size_a: float
 
     def __post_init__(self) -> None:
-        expected = len(factors(torch.zeros(1, self.latent_dim), self.components, self.curved)[0])
+        expected = 1 + self.components + self.curved * (self.curved + 1) // 2
         if len(self.maps) != expected or self.maps.ndim != 4:
             raise ValueError(f"{tuple(self.maps.shape)} maps do not fit {expected} factors")
+
+    @property
+    def components(self) -> int:
+        """How many coordinates carry signal."""
+        return len(self.spread)
 
     @property
     def box_size_px(self) -> int:
@@ -36,7 +41,7 @@ class LinearModel:
 
     def density(self, z: Tensor, box_size_px: int) -> Tensor:
         """The map at z `(latent_dim,)` on a grid of this box with the same field of view: `(d, d, d)`."""
-        weights = factors(z[None].to(self.maps), self.components, self.curved)[0]
+        weights = factors((z[: self.components].to(self.maps) / self.spread)[None], self.curved)[0]
         density: Tensor = torch.tensordot(weights, self.maps, dims=1)
         d = self.box_size_px
         if box_size_px == d:
@@ -44,14 +49,13 @@ class LinearModel:
         return resample_volume(density, self.pixel_size_a, box_size_px, self.pixel_size_a * d / box_size_px)
 
 
-def factors(z: Tensor, components: int, curved: int) -> Tensor:
-    """What the maps are multiplied by: 1, the coordinates, and products of the first `curved`.
+def factors(z: Tensor, curved: int) -> Tensor:
+    """What the maps are multiplied by: 1, coordinates of variance 1, and products of the first `curved`.
 
-    `(B, latent_dim)` → `(B, 1 + components + curved (curved + 1) / 2)`; squares less 1, so that all but the
-    first have mean 0 over coordinates of mean 0 and variance 1.
+    `(B, J)` → `(B, 1 + J + curved (curved + 1) / 2)`; squares less 1, so that all but the first have mean 0.
     """
     one = z.new_ones(len(z), 1)
-    columns = [one, z[:, :components]]
+    columns = [one, z]
     for j in range(curved):
         for k in range(j + 1):
             columns.append(z[:, j : j + 1] * z[:, k : k + 1] - (one if j == k else 0))

@@ -23,8 +23,10 @@ BUDGET_BYTES = 6 * 2**30
 def final_model(stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: SubspaceSettings) -> LinearModel:
     """Mean, components and the maps of squares and products, regressed on the images' coordinates.
 
-    Coordinates are taken at their posterior means, which is where volumes will be drawn. At boxes whose
-    normal equations would take more than 6 GiB, first the curved maps and the exact solve are left out.
+    Coordinates are taken at their posterior means, which is where volumes will be drawn. Their spreads stand
+    to each other as the components' powers: distances between coordinates are distances between volumes. At
+    boxes whose normal equations would take more than 6 GiB, first the curved maps, then the exact solve are
+    left out.
     """
     where, d = fit.posterior, stack.box_size_px
     kept = where.z.shape[1]
@@ -37,7 +39,7 @@ def final_model(stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: Subsp
     state = fit.level
     if state.lattice.box_size_px != d:
         state = start_level(stack, rows, d, used, settings)
-    linear = factors(where.z, kept, curved)
+    linear = factors(where.z, curved)
     second = linear[:, :, None] * linear[:, None] * (where.scale**2 + where.scale_variance)[:, None, None]
     linear = linear * where.scale[:, None]
     linear, second = linear * used[:, None], second * used[:, None, None]
@@ -46,10 +48,12 @@ def final_model(stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: Subsp
     share[0], share[1 : 1 + kept] = 1.0, settings.component_prior
     prior = share[:, None] * state.mean_power
     maps = solve(state.lattice, right, normal, prior, iterations=iterations, kernel=settings.kernel)
+    maps = maps * state.lattice.mask
+    powers = maps[1 : 1 + kept].flatten(1).norm(dim=1)
     return LinearModel(
-        maps=maps * state.lattice.mask,
+        maps=maps,
+        spread=powers / powers.max() if kept else powers,
         latent_dim=settings.max_components,
-        components=kept,
         curved=curved,
         pixel_size_a=stack.pixel_size_a,
     )

@@ -17,10 +17,12 @@ from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_linear_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import stack_rows
-from cryodrgn_pipeline.subspace.fit import Fit, SubspaceSettings, fit_subspace
+from cryodrgn_pipeline.subspace.fit import SubspaceSettings, fit_subspace
 from cryodrgn_pipeline.subspace.maps import final_model
+from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def train_subspace(request: SubspaceRequest) -> None:
         learnt = time.monotonic()
         model = final_model(stack, rows, fit, request.settings)
         save_linear_model(run / MODEL_FILE, model)
-        _write_latents(run, stack.particles.particle_id[rows], fit, request.settings.max_components)
+        _write_latents(run, stack.particles.particle_id[rows], fit.posterior, model)
         with replacing(run / "metrics.jsonl") as temporary:
             lines = (
                 json.dumps({"epoch": number + 1, "reconstruction": entry["loss"], **entry})
@@ -94,11 +96,12 @@ def train_subspace(request: SubspaceRequest) -> None:
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
 
 
-def _write_latents(run: Path, particle_id: NDArray[Any], fit: Fit, latent_dim: int) -> None:
-    """Coordinates with their whole posterior; coordinates of components that were not kept are 0 ± 1."""
-    where = fit.posterior
+def _write_latents(run: Path, particle_id: NDArray[Any], where: Posterior, model: LinearModel) -> None:
+    """Coordinates with their whole posterior; those of components that were not kept are 0 ± 0."""
+    where = where.turned(torch.diag(model.spread.double()))
     n, kept = where.z.shape
-    z, std = np.zeros((n, latent_dim), np.float32), np.ones((n, latent_dim), np.float32)
+    latent_dim = model.latent_dim
+    z, std = np.zeros((n, latent_dim), np.float32), np.zeros((n, latent_dim), np.float32)
     z[:, :kept] = where.z.numpy()
     std[:, :kept] = where.covariance.diagonal(dim1=1, dim2=2).sqrt().numpy()
     columns: dict[str, NDArray[Any]] = {"particle_id": particle_id}
