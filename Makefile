@@ -1,11 +1,13 @@
 # make demo    install into .venv, then run the whole workflow on a simulated set with known answers
 # make test    install, then run all tests        (PYTEST_ARGS='-m "not heavy"' leaves out the long ones)
 # make lint    formatting, typing and the workflow's own checks
+# make bench   score ours and cryoDRGN on sets with known answers (hours; BENCH_ARGS='--sets hinge32 --seeds 0')
 # make config  renew the schema, the template and the table of keys from the models
 # make clean   remove .venv, caches and the demo
 
 CORES ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --peer-epochs 100
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
@@ -14,7 +16,7 @@ INSTALLED := .venv/installed
 LINT_CONFIG := 'datasets={lint: {particles: particles.star}}'
 
 .DELETE_ON_ERROR:
-.PHONY: demo install test lint config clean
+.PHONY: demo install test lint bench config clean
 
 demo: $(INSTALLED)
 	$(BIN)/cryodrgn-pipeline demo -o demo --cores $(CORES)
@@ -41,6 +43,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check --compact-diff Snakefile workflows/Snakefile rules
 	$(BIN)/snakemake --lint --snakefile workflows/Snakefile --config $(LINT_CONFIG)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 config: $(INSTALLED)
 	$(BIN)/python -m cryodrgn_pipeline.config

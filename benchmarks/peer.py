@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,23 +50,28 @@ class Bench:
         self.bin, self.work, self.threads = venv / "bin", work, threads
         work.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, tuple[float, float]] = {}
+        self.peak_mb: dict[str, float] = {}
         self.environment = os.environ | {
             name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         }
 
     def run(self, name: str, command: list[str | Path]) -> str:
-        """Run one command, remember its wall and CPU seconds, return what it printed."""
+        """Run one command, remember its wall and CPU seconds and its peak memory, return what it printed."""
         print(f"[{name}] {' '.join(map(str, command))}", file=sys.stderr, flush=True)
-        before, started = os.times(), time.monotonic()
-        done = subprocess.run(
-            [str(word) for word in command], env=self.environment, capture_output=True, text=True, check=False
-        )
-        after = os.times()
-        cpu = after.children_user + after.children_system - before.children_user - before.children_system
-        self.seconds[name] = (time.monotonic() - started, cpu)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
-        return done.stdout + done.stderr
+        with tempfile.TemporaryFile("w+") as said:
+            started = time.monotonic()
+            process = subprocess.Popen(
+                [str(word) for word in command], env=self.environment, stdout=said, stderr=subprocess.STDOUT
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self.seconds[name] = (time.monotonic() - started, used.ru_utime + used.ru_stime)
+            self.peak_mb[name] = used.ru_maxrss / 1024
+            said.seek(0)
+            printed = said.read()
+        if process.returncode:
+            raise SystemExit(f"{name} failed:\n{printed}")
+        return printed
 
     def peer(self, *words: str | Path) -> list[str | Path]:
         return [self.bin / "cryodrgn", *words]

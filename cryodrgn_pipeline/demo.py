@@ -16,14 +16,13 @@ log = logging.getLogger(__name__)
 DEMO_SIMULATION = {"--particles": 10000, "--box-size": 32, "--pixel-size": 6.0, "--snr": 0.25, "--seed": 0}
 DEMO_SETTINGS: dict[str, Any] = {
     "preprocess": {"box_size_px": 32},
-    "train": {"method": "subspace"},
     "analyze": {"clusters": 10},
     "volumes": {"direct_path": True},
 }
 SMALL_SIMULATION = DEMO_SIMULATION | {"--particles": 200, "--box-size": 16, "--pixel-size": 12.0}
 SMALL_SETTINGS: dict[str, Any] = {
     "preprocess": {"box_size_px": 16},
-    "train": {"latent_dim": 2, "epochs": 2, "encoder_width": 32, "decoder_width": 32},
+    "train": {"latent_dim": 2},
     "analyze": {"clusters": 4, "umap": False},
     "volumes": {"principal_components": 1},
 }

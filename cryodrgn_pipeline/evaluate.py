@@ -7,6 +7,7 @@ this form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ MOVING_THRESHOLD = 0.05
 SOFT_EDGE_PX = 3.0
 ROUNDING = 1e-24  # of the strongest shell: a shell that was cut off correlates by its rounding errors only
 NOT_STATE = ("path", "volume", "weight")
+DISCRETE = ("species",)  # coordinates that are names written as numbers
+BOOTSTRAP_SAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +46,26 @@ class Truth:
     particle_states: Array
     table: dict[str, NDArray[Any]]
 
-    def nearest_state(self, particle_states: Array) -> NDArray[np.int64]:
-        """The state volume nearest to each of M true states `(M, C)`, coordinates scaled to their range."""
+    @property
+    def junk(self) -> NDArray[np.bool_]:
+        """Which of the N particles are debris: `(N,)`."""
+        return np.asarray(self.table.get("junk", np.zeros(len(self.particle_states))), dtype=bool)
+
+    def distance(self, particle_states: Array) -> Array:
+        """From each of M true states `(M, C)` to each state volume: `(M, S)`.
+
+        Coordinates are scaled to their range; two different values of a discrete one are 1 apart.
+        """
         span = np.ptp(self.states, axis=0)
         span[span == 0] = 1.0
-        squared = (((particle_states[:, None] - self.states[None]) / span) ** 2).sum(axis=-1)
-        return np.asarray(squared.argmin(axis=1), dtype=np.int64)
+        apart = (particle_states[:, None] - self.states[None]) / span
+        discrete = np.isin(self.coordinates, DISCRETE)
+        apart[..., discrete] = apart[..., discrete] != 0
+        return np.asarray(np.sqrt((apart**2).sum(axis=-1)), dtype=np.float64)
+
+    def nearest_state(self, particle_states: Array) -> NDArray[np.int64]:
+        """The state volume nearest to each of M true states `(M, C)`."""
+        return np.asarray(self.distance(particle_states).argmin(axis=1), dtype=np.int64)
 
     def rows_of(self, particle_id: NDArray[Any]) -> NDArray[np.int64]:
         """Rows of truth.parquet for ids of either kind (star names or uids)."""
@@ -198,16 +215,53 @@ def leakage(z: NDArray[Any], viewing_direction: Array, defocus_a: Array) -> dict
     return latent_r2(z, {"viewing_direction": viewing_direction, "defocus": defocus_a})
 
 
+def paired_gain(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `first − second`, scores of the same M images, and the ends of its 95 % bootstrap interval."""
+    gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if gain.ndim != 1 or not len(gain):
+        raise ValueError("paired scores must be two rows of equal length")
+    drawn = np.random.default_rng(seed).integers(len(gain), size=(BOOTSTRAP_SAMPLES, len(gain)))
+    low, high = np.quantile(gain[drawn].mean(axis=1), (0.025, 0.975))
+    return float(gain.mean()), float(low), float(high)
+
+
+def cluster_ari(run: Path, truth: Truth) -> dict[str, float]:
+    """Adjusted Rand index of RUN/analysis's clusters with each discrete coordinate; without junk.
+
+    Empty where the truth has no such coordinate or the run was not analysed.
+    """
+    names, path = [name for name in truth.coordinates if name in DISCRETE], run / "analysis/particles.parquet"
+    if not names or not path.is_file():
+        return {}
+    from sklearn.metrics import adjusted_rand_score
+
+    columns = read_columns(path, "analyse the run with `cryodrgn-pipeline analyze`")
+    rows = truth.rows_of(columns["particle_id"])
+    good = ~truth.junk[rows]
+    return {
+        name: float(adjusted_rand_score(truth.table[name][rows[good]], columns["cluster"][good]))
+        for name in names
+    }
+
+
 def latent_scores(run: Path, truth: Truth) -> dict[str, Any]:
-    """R² of the true coordinates and leakage from RUN/latent.parquet; junk particles do not count."""
+    """R² of the true coordinates, ARI of discrete ones and leakage of a run; junk particles do not count.
+
+    A discrete coordinate of K values is predicted as K columns that are 0 or 1.
+    """
     latents = read_latents(run)
     rows = truth.rows_of(latents.particle_id)
-    z = latents.z
-    if "junk" in truth.table:
-        good = ~np.asarray(truth.table["junk"], dtype=bool)[rows]
-        rows, z = rows[good], z[good]
-    coordinates = {name: truth.particle_states[rows, column] for column, name in enumerate(truth.coordinates)}
+    good = ~truth.junk[rows]
+    rows, z = rows[good], latents.z[good]
+    coordinates = {
+        name: np.equal(values[:, None], np.unique(values)).astype(float) if name in DISCRETE else values
+        for name, values in zip(truth.coordinates, truth.particle_states[rows].T, strict=True)
+    }
     scores: dict[str, Any] = {"particles": len(rows), "r2": latent_r2(z, coordinates)}
+    if found := cluster_ari(run, truth):
+        scores["ari"] = found
     view = [f"rotation_2{column}" for column in range(3)]
     if all(name in truth.table for name in (*view, "defocus_u_a")):
         direction = np.stack([truth.table[name][rows] for name in view], axis=1).astype(float)
@@ -254,7 +308,12 @@ def volume_z(folder: Path, latent_dim: int) -> Array:
 
 
 def evaluate(
-    volumes: Path | None, truth_folder: Path, *, run: Path | None = None, particles: Path | None = None
+    volumes: Path | None,
+    truth_folder: Path,
+    *,
+    run: Path | None = None,
+    particles: Path | None = None,
+    stack: Path | None = None,
 ) -> dict[str, Any]:
     """Score a folder of volumes, a run's latent, or both; the content of metrics.json.
 
@@ -268,6 +327,8 @@ def evaluate(
         A training run: adds latent scores, and finds each volume's particle by its z.
     particles
         One particle id per volume, in order.
+    stack
+        The set's stack: adds the scores of consensus and oracle, and the headroom between them.
     """
     truth = read_truth(truth_folder)
     result: dict[str, Any] = {}
@@ -278,6 +339,14 @@ def evaluate(
         how, states = states_of_volumes(volumes, paths, truth, run=run, particles=particles)
         scores = volume_scores([read_volume(path)[0] for path in paths], truth, states)
         result |= {"compared": how, **scores, "states": states.tolist()}
+        if stack is not None:
+            from cryodrgn_pipeline.headroom import headroom, reference_scores
+
+            known = reference_scores(stack, truth, states)
+            result["references"] = known
+            if "moving" in known["oracle"]:
+                ends = (known["consensus"]["moving"], known["oracle"]["moving"])
+                result["headroom"] = headroom(scores["fsc_auc"]["moving"], *ends)
     if run is not None:
         result["latent"] = latent_scores(run, truth)
     return result
@@ -292,8 +361,7 @@ def sample_points(
     """
     truth, latents = read_truth(truth_folder), read_latents(run)
     rows = truth.rows_of(latents.particle_id)
-    junk = np.asarray(truth.table.get("junk", np.zeros(len(truth.particle_states))), dtype=bool)
     order = np.argsort(rows)
-    order = order[~junk[rows[order]]]
+    order = order[~truth.junk[rows[order]]]
     chosen = order[np.unique(np.linspace(0, len(order) - 1, count).round().astype(np.int64))]
     return latents.particle_id[chosen], latents.z[chosen]

@@ -36,3 +36,14 @@ def half_sets(particles: ParticleSet, seed: int = 0) -> tuple[NDArray[np.int64],
             return (particles.half_set[first] == values[1]).astype(np.int64)[inverse], "source"
     dealt = np.random.default_rng(seed).permutation(len(images)) % 2
     return dealt.astype(np.int64)[inverse], "random"
+
+
+def split_held_out(
+    rows: NDArray[np.int64], particle_id: NDArray[Any], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and held-out rows; repeats of one image (`id#2`, `id#3`) stay on the same side."""
+    unique, group = np.unique(image_of_id(particle_id), return_inverse=True)
+    count = min(round(fraction * len(unique)), len(unique) - 1)
+    chosen = np.random.default_rng([seed, 1]).permutation(len(unique))[:count]
+    held_out = np.isin(group, chosen)
+    return rows[~held_out], rows[held_out]

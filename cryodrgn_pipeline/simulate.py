@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.io.atomic import replacing, replacing_directory
 from cryodrgn_pipeline.io.mrc import MrcStackWriter, write_volume
 from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.simulation.assembly import Mixture, make_mixture
 from cryodrgn_pipeline.simulation.images import ctf_plane, noise_filter, slices, volume
 from cryodrgn_pipeline.simulation.particles import Settings, SimulatedParticles, draw_particles
 from cryodrgn_pipeline.simulation.phantom import Phantom, make_phantom
+from cryodrgn_pipeline.simulation.structure import read_pdb, structure_phantom
 from cryodrgn_pipeline.simulation.write import write_cs, write_description, write_star, write_truth
 
 __all__ = ["Settings", "simulate"]
@@ -27,8 +31,26 @@ CALIBRATION_PARTICLES = 1024
 OURS = ("particles*.star", "particles*.cs", "stacks", "consensus.mrc", "truth", "simulate.json")
 
 
-def phantom_of(settings: Settings) -> Phantom:
-    """The molecule that these settings describe."""
+def phantom_of(settings: Settings) -> Phantom | Mixture:
+    """The molecule, or the mixture of them, that these settings describe."""
+    if settings.species:
+        return make_mixture(
+            species=settings.species,
+            diameter_a=settings.diameter_a,
+            sigma_a=settings.sigma_a,
+            atoms=settings.atom_count,
+            seed=settings.structure_seed,
+        )
+    if settings.structure is not None:
+        return structure_phantom(
+            read_pdb(Path(settings.structure)),
+            sigma_a=settings.sigma_a,
+            box_a=settings.box_size * settings.pixel_size_a,
+            motion=settings.motion,
+            motion_range=settings.motion_range,
+            hinge_chain=settings.hinge_chain,
+            absent_chain=settings.absent_chain,
+        )
     return make_phantom(
         diameter_a=settings.diameter_a,
         sigma_a=settings.sigma_a,
@@ -40,11 +62,14 @@ def phantom_of(settings: Settings) -> Phantom:
 
 
 def signal_spectra(
-    particles: SimulatedParticles, rows: NDArray[np.int64], phantom: Phantom, settings: Settings
+    particles: SimulatedParticles, rows: NDArray[np.int64], phantom: Phantom | Mixture, settings: Settings
 ) -> torch.Tensor:
     """CTF-filtered, shifted, noise-free images of some rows as rfft2 coefficients `(B, D, D/2+1)`."""
     poses = particles.poses.take(rows)
-    position, weight = phantom.states(particles.motion[rows], particles.occupancy[rows])
+    if isinstance(phantom, Mixture):
+        position, weight = phantom.states(particles.species[rows])
+    else:
+        position, weight = phantom.states(particles.motion[rows], particles.occupancy[rows])
     for row in np.flatnonzero(particles.junk[rows]):  # aggregate or debris: the same mass, anywhere
         rng = np.random.default_rng([settings.seed, 0x70B, int(particles.written[rows[row]])])
         position[row] = rng.normal(0, settings.diameter_a / 5, size=position[row].shape)
@@ -69,7 +94,7 @@ def _images(spectrum: torch.Tensor, box_size_px: int) -> torch.Tensor:
     return images
 
 
-def _signal_variance(particles: SimulatedParticles, phantom: Phantom, settings: Settings) -> float:
+def _signal_variance(particles: SimulatedParticles, phantom: Phantom | Mixture, settings: Settings) -> float:
     """Mean variance per pixel of the noise-free images without DC, over an even sample of the set."""
     rows = np.unique(np.linspace(0, settings.particles - 1, CALIBRATION_PARTICLES).astype(np.int64))
     rows = rows[~particles.junk[rows]]
@@ -85,7 +110,7 @@ def _signal_variance(particles: SimulatedParticles, phantom: Phantom, settings: 
 
 
 def _write_stacks(
-    folder: Path, particles: SimulatedParticles, phantom: Phantom, settings: Settings, scale: float
+    folder: Path, particles: SimulatedParticles, phantom: Phantom | Mixture, settings: Settings, scale: float
 ) -> None:
     d = settings.box_size
     colour = noise_filter(d, settings.noise_colour) if settings.noise_colour else None
@@ -115,32 +140,69 @@ def _write_stacks(
                     advance(len(chunk))
 
 
-def _write_states(folder: Path, consensus: Path, phantom: Phantom, settings: Settings, scale: float) -> None:
-    """Volumes of evenly spaced states, their table, and the consensus as their weighted mean."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrueStates:
+    """S states: `coordinates` name → `(S,)`, `share` `(S,)` of the particles, and the atoms of each.
+
+    `position_a` `(S, A, 3)` in Å and `weight` `(S, A)`.
+    """
+
+    coordinates: dict[str, NDArray[np.float64]]
+    share: NDArray[np.float64]
+    position_a: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+
+def true_states(molecule: Phantom | Mixture, settings: Settings) -> TrueStates:
+    """The states whose volumes are the truth: every species, or evenly spaced motions with and without."""
+    if isinstance(molecule, Mixture):
+        species = np.arange(settings.species)
+        position, weight = molecule.states(species)
+        names = {"species": species.astype(np.float64)}
+        return TrueStates(
+            coordinates=names,
+            share=np.full(len(species), 1 / len(species)),
+            position_a=position,
+            weight=weight,
+        )
     motions = np.array([0.5]) if settings.motion == "none" else np.linspace(0, 1, settings.states)
-    shares = {1.0: settings.occupancy, 0.0: 1 - settings.occupancy}
-    mean = np.zeros((settings.box_size,) * 3)
-    lines = ["path,motion,occupancy"]
-    folder.mkdir(parents=True)
     # evenly spaced states include both ends, which stand for half an interval each
-    weights = np.ones(len(motions))
-    weights[[0, -1]] = 1.0 if len(motions) == 1 else 0.5
-    weights /= weights.sum()
-    for occupancy, share in shares.items():
-        if share == 0:
-            continue
-        for motion, weight in zip(motions, weights, strict=True):
-            density = scale * volume(
-                phantom,
-                float(motion),
-                occupancy,
-                box_size_px=settings.box_size,
-                pixel_size_a=settings.pixel_size_a,
-            )
-            mean += share * weight * density
-            name = f"state_{len(lines) - 1:03d}.mrc"
-            write_volume(folder / name, density, settings.pixel_size_a, f"truth, motion {motion:.3f}")
-            lines.append(f"{name},{motion:.9g},{occupancy:g}")
+    of_motion = np.ones(len(motions))
+    of_motion[[0, -1]] = 1.0 if len(motions) == 1 else 0.5
+    of_occupancy = {1.0: settings.occupancy, 0.0: 1 - settings.occupancy}
+    occupancies = [occupancy for occupancy, share in of_occupancy.items() if share > 0]
+    motion, occupancy = np.tile(motions, len(occupancies)), np.repeat(occupancies, len(motions))
+    shares = [of_occupancy[each] * of_motion / of_motion.sum() for each in occupancies]
+    position, weight = molecule.states(motion, occupancy)
+    return TrueStates(
+        coordinates={"motion": motion, "occupancy": occupancy},
+        share=np.concatenate(shares),
+        position_a=position,
+        weight=weight,
+    )
+
+
+def _write_states(
+    folder: Path, consensus: Path, molecule: Phantom | Mixture, settings: Settings, scale: float
+) -> None:
+    """Volumes of the true states, their table, and the consensus as their weighted mean."""
+    states = true_states(molecule, settings)
+    mean = np.zeros((settings.box_size,) * 3)
+    lines = [",".join(["path", *states.coordinates])]
+    folder.mkdir(parents=True)
+    for number, share in enumerate(states.share):
+        density = scale * volume(
+            states.position_a[number],
+            states.weight[number],
+            sigma_a=molecule.sigma_a,
+            box_size_px=settings.box_size,
+            pixel_size_a=settings.pixel_size_a,
+        )
+        mean += share * density
+        name, at = f"state_{number:03d}.mrc", {key: each[number] for key, each in states.coordinates.items()}
+        label = ", ".join(["truth", *(f"{key} {value:.3f}" for key, value in at.items())])
+        write_volume(folder / name, density, settings.pixel_size_a, label)
+        lines.append(",".join([name, *(f"{value:.9g}" for value in at.values())]))
     with replacing(folder / "states.csv") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_volume(consensus, mean, settings.pixel_size_a, "consensus of the true states")
@@ -163,11 +225,13 @@ def simulate(settings: Settings, output: Path) -> None:
         write_star(folder / "particles.star", particles)
         write_cs(folder / "particles.cs", particles)
         write_truth(folder / "truth" / "truth.parquet", particles, settings)
-        measured = {
+        measured: dict[str, float | str] = {
             "grey_scale": scale,
             "noise_standard_deviation": 1.0,
             "junk_particles": int(particles.junk.sum()),
-            "atoms": len(phantom.weight),
+            "atoms": phantom.weight.shape[-1],
         }
+        if settings.structure is not None:
+            measured["structure_sha256"] = sha256(Path(settings.structure).read_bytes()).hexdigest()
         write_description(folder / "simulate.json", settings, measured)
     log.info("simulated %d particles of %d px in %s", settings.particles, settings.box_size, output)

@@ -238,6 +238,8 @@ def subset_option(wildcards):
 def train_options(wildcards):
     flags = {
         "method": "--method",
+        "encoder": "--encoder",
+        "decoder": "--decoder",
         "latent_dim": "--latent-dim",
         "epochs": "--epochs",
         "batch_size": "--batch-size",
@@ -309,6 +311,16 @@ def latent_points(wildcards, input):
     series = wildcards.series
     name = "centers.csv" if series == "centers" else f"traversal_{series}.csv"
     return os.path.join(os.path.dirname(input.analysis), name)
+
+
+def volumes_stack(wildcards):
+    """The stack, where volumes are made from its images."""
+    source = settings("volumes", run_of(wildcards))["source"]
+    return training_stack(wildcards) if source == "particles" else []
+
+
+def volumes_stack_option(wildcards, input):
+    return ["--stack", os.path.dirname(input.stack)] if input.stack else []
 
 
 def volumes_options(wildcards):

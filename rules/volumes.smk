@@ -2,6 +2,7 @@ rule decode_volumes:
     input:
         model="<results>/{dataset}/{subset}/{run}/model.safetensors",
         analysis="<results>/{dataset}/{subset}/{run}/analysis/analysis.json",
+        stack=volumes_stack,
     output:
         table="<results>/{dataset}/{subset}/{run}/volumes/{series}/volumes.parquet",
     log:
@@ -20,8 +21,9 @@ rule decode_volumes:
         folder=subpath(output.table, parent=True),
         z=latent_points,
         options=volumes_options,
+        stack=volumes_stack_option,
     message:
-        "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: decoding volumes ({wildcards.series})"
+        "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: making volumes ({wildcards.series})"
     shell:
-        "cryodrgn-pipeline volumes {params.run:q} --z {params.z:q} {params.options:q}"
+        "cryodrgn-pipeline volumes {params.run:q} --z {params.z:q} {params.options:q} {params.stack:q}"
         " --threads {threads} -o {params.folder:q} &> {log:q}"

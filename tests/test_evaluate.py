@@ -19,12 +19,16 @@ from cryodrgn_pipeline.evaluate import (
     latent_r2,
     leakage,
     moving_mask,
+    paired_gain,
     read_truth,
     sample_points,
     union_mask,
 )
+from cryodrgn_pipeline.headroom import headroom, kernel, reference_scores
+from cryodrgn_pipeline.importing import ImportOptions, import_particles
 from cryodrgn_pipeline.io.mrc import read_volume, write_volume
 from cryodrgn_pipeline.io.runs import read_z
+from cryodrgn_pipeline.preprocess import PreprocessSettings, preprocess
 from cryodrgn_pipeline.simulate import Settings, simulate
 
 D = 16
@@ -173,3 +177,100 @@ def test_the_command_line_writes_metrics_and_points_to_draw(made, tmp_path):
     metrics = json.loads((run / "evaluation.json").read_text())
     assert metrics["latent"]["r2"]["occupancy"] > 0.95
     assert read_z(tmp_path / "z.csv").shape == (100, 2)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A set of four distinct species with little noise and some junk, and its stack."""
+    folder = tmp_path_factory.mktemp("species")
+    settings = Settings(box_size=D, particles=900, pixel_size_a=12.0, snr=1.0, species=4, junk=0.1)
+    simulate(settings, folder / "set")
+    import_particles(folder / "set/particles.star", folder / "import", ImportOptions())
+    preprocess(folder / "import", folder / "stack", PreprocessSettings(box_size_px=D))
+    return folder / "set", folder / "stack"
+
+
+def test_the_oracle_beats_the_consensus_where_states_differ(stacked):
+    made, stack = stacked
+    truth = read_truth(made)
+    states = np.array([0, 1, 2, 3, 3])
+    known = reference_scores(stack, truth, states)
+    assert known["oracle"]["moving"] > known["consensus"]["moving"] + 0.03
+    assert known["oracle"]["moving"] <= 7 / 16
+    assert known["bandwidth"] < 0.3  # species are not neighbours of each other
+    assert known["oracle_by_bandwidth"]["0"] == pytest.approx(known["oracle"]["moving"], abs=0.01)
+
+
+def test_headroom_of_the_truth_is_one_or_more_and_of_the_consensus_none(stacked, tmp_path):
+    made, stack = stacked
+    truth = read_truth(made)
+    for number, density in enumerate(truth.volumes):
+        write_volume(tmp_path / f"vol_{number:03d}.mrc", density, 12.0)
+    arguments = ["evaluate", str(tmp_path), "--truth", str(made), "--stack", str(stack)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "headroom" in result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["headroom"] >= 1
+    assert headroom(metrics["references"]["consensus"]["moving"], 0.2, 0.1) is None
+    assert headroom(0.3, 0.2, 0.4) == pytest.approx(0.5)
+
+
+def test_a_stack_of_another_box_has_no_headroom(stacked, made):
+    with pytest.raises(InputFormatError, match="not all in truth"):
+        reference_scores(stacked[1], read_truth(made), np.array([0]))
+    small = read_truth(stacked[0])
+    cropped = type(small)(
+        volumes=small.volumes[:, :8, :8, :8],
+        coordinates=small.coordinates,
+        states=small.states,
+        particle_states=small.particle_states,
+        table=small.table,
+    )
+    with pytest.raises(InputFormatError, match="--box-size 8"):
+        reference_scores(stacked[1], cropped, np.array([0]))
+
+
+def test_the_kernel_keeps_its_own_state_and_forgets_the_far_ones():
+    distance = np.array([0.0, 0.05, 1.0])
+    np.testing.assert_array_equal(kernel(distance, 0.0), [1, 0, 0])
+    near = kernel(distance, 0.1)
+    assert near[0] == 1
+    assert near[1] == pytest.approx(np.exp(-0.125))
+    assert near[2] == 0
+
+
+def test_species_are_equal_or_different_but_never_close(stacked):
+    truth = read_truth(stacked[0])
+    np.testing.assert_array_equal(truth.distance(truth.states), 1 - np.eye(4))
+    assert np.array_equal(truth.nearest_state(truth.particle_states), truth.table["species"])
+
+
+def test_clusters_are_scored_against_the_species_without_junk(stacked, tmp_path):
+    made = stacked[0]
+    table = pd.read_parquet(made / "truth/truth.parquet").sample(frac=1, random_state=0)
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 0.05, (len(table), 2)) + np.stack([table["species"] % 2, table["species"] // 2], axis=1)
+    run = write_run(tmp_path / "run", table["particle_id"].to_numpy(), z)
+    assert "ari" not in evaluate(None, made, run=run)["latent"]  # not analysed
+    (run / "analysis").mkdir()
+    cluster = np.where(table["junk"], 0, 7 - table["species"])  # other names, and nonsense for junk
+    for found, expected in ((cluster, 1.0), (rng.permutation(cluster), 0.0)):
+        columns = {"particle_id": table["particle_id"], "cluster": found}
+        pd.DataFrame(columns).to_parquet(run / "analysis/particles.parquet")
+        scores = evaluate(None, made, run=run)["latent"]
+        assert scores["ari"]["species"] == pytest.approx(expected, abs=0.02)
+        assert scores["r2"]["species"] > 0.97
+
+
+def test_the_interval_of_a_paired_gain_excludes_nothing_gained():
+    rng = np.random.default_rng(6)
+    base = rng.uniform(0.1, 0.4, size=100)
+    mean, low, high = paired_gain(base + 0.03 + rng.normal(0, 0.02, size=100), base)
+    assert low < mean < high
+    assert 0 < low < 0.03 < high + 0.005
+    assert high - low == pytest.approx(2 * 1.96 * 0.02 / 10, rel=0.3)
+    _, low, high = paired_gain(base, rng.permutation(base))
+    assert low < 0 < high
+    with pytest.raises(ValueError, match="equal length"):
+        paired_gain([], [])

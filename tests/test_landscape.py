@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.io.runs import read_latents, read_metrics, read_z
+from cryodrgn_pipeline.io.runs import read_covariances, read_latents, read_metrics, read_z
 from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.density import inside_region, latent_region
 from cryodrgn_pipeline.landscape.embed import principal_components, umap_embedding
 from cryodrgn_pipeline.landscape.outliers import junk_scores, robust_z_score
 from cryodrgn_pipeline.landscape.traverse import direct_traversal, graph_traversal, pc_traversal, snap
@@ -103,13 +104,110 @@ def test_particles_beyond_the_umap_limit_are_placed_among_their_neighbours():
 
 
 def test_a_pc_traversal_runs_between_the_percentiles_and_leaves_other_components_alone():
-    z = np.random.default_rng(0).normal(size=(1000, 3)) * [4, 1, 0.5]
+    z = np.random.default_rng(0).normal(size=(5000, 3)) * [4, 1, 0.5]
     pca = principal_components(z)
-    path = pc_traversal(pca, 1, n=7)
+    path = pc_traversal(pca, 1, latent_region(z), n=7)
     along = (path - pca.mean) @ pca.components.T
     np.testing.assert_allclose(along[[0, -1], 0], np.percentile(pca.scores[:, 0], [5, 95]), atol=1e-4)
-    np.testing.assert_allclose(along[:, 1:], 0, atol=1e-5)
+    np.testing.assert_allclose(along[:, 1:], 0, atol=0.15)
     np.testing.assert_allclose(np.diff(along[:, 0], n=2), 0, atol=1e-4)
+
+
+def arc(n: int = 3000) -> np.ndarray:
+    """A half circle of radius 1 in the plane of z_0 and z_1, thickness 0.05, and an idle z_2."""
+    rng = np.random.default_rng(5)
+    angle = rng.uniform(0, np.pi, n)
+    z = np.stack([np.cos(angle), np.sin(angle), np.zeros(n)], axis=1)
+    z[:, :2] += rng.normal(0, 0.05, (n, 2))
+    return z.astype(np.float32)
+
+
+def test_a_pc_traversal_bends_with_the_particles():
+    z = arc()
+    region, pca = latent_region(z), principal_components(z)
+    path = pc_traversal(pca, 1, region, n=9)
+    assert len(path) == 9
+    np.testing.assert_allclose(np.linalg.norm(path, axis=1), 1, atol=0.05)
+    assert region.inside(path).all()
+    assert not region.inside(pca.mean[None])[0]  # where the straight line passes
+    score = (path - pca.mean) @ pca.components[0]
+    np.testing.assert_allclose(np.diff(score, n=2), 0, atol=1e-4)
+
+
+def test_a_pc_traversal_across_two_branches_stays_on_one():
+    z = arc()
+    region = latent_region(z)
+    path = pc_traversal(principal_components(z), 2, region, n=9)
+    assert region.inside(path).all()
+    np.testing.assert_allclose(np.linalg.norm(path, axis=1), 1, atol=0.15)
+    upright = path[np.abs(path[:, 0]) > 0.4]
+    assert len(upright) >= 4
+    assert len(set(np.sign(upright[:, 0]).tolist())) == 1
+
+
+def test_a_pc_traversal_over_a_gap_has_no_point_in_it():
+    z = np.concatenate([blobs(200), blobs(200) + np.float32([0, 0, 0.1])])
+    region = latent_region(z)
+    path = pc_traversal(principal_components(z), 1, region, n=12)
+    assert region.inside(path).all()
+    assert np.abs(path[:, :1] - [[0, 10, 20]]).min(axis=1).max() < 1.5
+    assert len(np.unique(path, axis=0)) == len(path)
+
+
+def test_a_pc_traversal_along_an_idle_coordinate_is_one_point():
+    z = arc()
+    path = pc_traversal(principal_components(z), 3, latent_region(z), n=9)
+    assert path.shape == (1, 3)
+
+
+@pytest.mark.parametrize("extra_idle_columns", [0, 5])
+def test_the_region_holds_99_of_100_particles_whatever_idle_coordinates_there_are(extra_idle_columns):
+    z = np.random.default_rng(2).normal(size=(4000, 3))
+    z = np.pad(z, ((0, 0), (0, extra_idle_columns)))
+    fresh = np.pad(np.random.default_rng(3).normal(size=(4000, 3)), ((0, 0), (0, extra_idle_columns)))
+    inside, density = inside_region(z, fresh)
+    assert inside.mean() == pytest.approx(0.99, abs=0.005)
+    assert np.median(density) == pytest.approx(1, rel=0.2)
+    far = np.zeros((3, 3 + extra_idle_columns))
+    far[:, 0] = [0, 3, 9]
+    inside, density = inside_region(z, far)
+    assert inside.tolist() == [True, True, False]
+    expected = np.exp(-0.5 * far[1, 0] ** 2)  # of a normal distribution, relative to its middle
+    assert density[1] / density[0] == pytest.approx(expected, rel=0.9)
+    assert density[2] < 1e-2 * density[1]
+
+
+def test_a_far_state_with_many_particles_is_inside_and_a_lone_particle_is_not():
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.normal(size=(3000, 2)), rng.normal([40, 0], 0.5, (60, 2)), [[0, 40.0]]])
+    inside, _ = inside_region(z, np.array([[40.0, 0], [0, 40], [20, 0]]))
+    assert inside.tolist() == [True, False, False]
+
+
+def test_the_region_of_a_collapsed_latent_is_its_point():
+    inside, density = inside_region(np.zeros((50, 4)), np.array([[0.0] * 4, [0, 0, 0, 1e-3]]))
+    assert inside.tolist() == [True, False]
+    assert np.isfinite(density).all()
+    assert inside_region(np.ones((1, 2)), np.ones((1, 2)))[0].tolist() == [True]
+
+
+def test_a_region_of_many_particles_is_that_of_a_random_part(monkeypatch):
+    z = np.random.default_rng(2).normal(size=(8000, 3))
+    whole = latent_region(z)
+    monkeypatch.setattr("cryodrgn_pipeline.landscape.density.FIT_AT_MOST", 2000)
+    part = latent_region(z)
+    assert len(part.points) == 2000
+    points = np.random.default_rng(4).normal(size=(2000, 3)) * 2
+    assert (part.inside(points) == whole.inside(points)).mean() > 0.9
+
+
+def test_far_out_particles_do_not_turn_the_first_component_towards_themselves():
+    z = np.random.default_rng(0).normal(size=(1000, 3)) * [3, 1, 0.5]
+    z[:8, 2] = 1000
+    pca = principal_components(z)
+    assert abs(pca.components[0, 0]) > 0.99
+    assert np.abs(pca.scores[:8]).max() > 900
+    np.testing.assert_allclose(pca.mean + pca.scores @ pca.components, z, atol=1e-3)
 
 
 def test_snapped_points_are_particles():
@@ -190,6 +288,78 @@ def test_junk_is_flagged_by_loss_alone_by_norm_alone_and_when_the_loss_is_not_a_
     assert np.flatnonzero(junk.flagged).tolist() == [0, 1, 2]
     assert np.flatnonzero(junk_scores(z, None).flagged).tolist() == [0]
     assert junk.score.min() >= 0
+
+
+def evidence_of(rng: np.random.Generator, junk: np.ndarray) -> np.ndarray:
+    """Log evidence as a subspace run leaves it: a factor of 3 among particles, about −10 for debris."""
+    good = 40 * np.exp(rng.normal(0, 0.5, len(junk)))
+    return np.where(junk, rng.normal(-12, 5, len(junk)), good).astype(np.float32)
+
+
+def test_debris_is_flagged_by_its_evidence_where_loss_and_norm_say_nothing():
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(size=3000) < 0.1
+    z, loss = rng.normal(size=(3000, 4)), rng.normal(1, 0.1, 3000)
+    evidence = evidence_of(rng, truth)
+    flagged = junk_scores(z, loss, log_evidence=evidence).flagged
+    assert flagged[truth].mean() > 0.97
+    assert flagged[~truth].mean() < 0.01
+    assert junk_scores(z, loss).flagged.mean() < 0.01
+    assert junk_scores(z, None, log_evidence=np.r_[evidence[:-1], np.nan]).flagged[-1]
+
+
+def test_debris_about_z_0_makes_no_region_of_particles(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 1000)
+    z = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    truth = np.arange(1000) < 100
+    z[truth] = rng.normal(0, 0.05, (100, 2))
+    table = {"particle_id": np.arange(1000), "z_0": z[:, 0], "z_1": z[:, 1]}
+    pd.DataFrame(table | {"log_evidence": evidence_of(rng, truth)}).to_parquet(tmp_path / "latent.parquet")
+    summary = analyze_run(tmp_path, AnalysisSettings(clusters=9, umap=False, points=7))
+    centers = pd.read_parquet(tmp_path / "analysis" / "centers.parquet")
+    middle = np.hypot(centers["z_0"], centers["z_1"]) < 0.5
+    assert middle.sum() >= 1
+    assert (centers["inside"] == ~middle).all()
+    assert "evidence_score" in pd.read_parquet(tmp_path / "analysis" / "particles.parquet")
+    straight = read_z(tmp_path / "analysis" / "traversal_direct.csv")
+    assert 3 in summary["outside_region"]["direct"]  # the chord's middle
+    assert np.linalg.norm(straight[3]) < 0.5
+    assert "graph" not in summary["outside_region"]
+    assert not {"pc1", "pc2"} & set(summary["outside_region"])
+
+
+def test_paths_are_not_laid_to_a_cluster_of_outliers(tmp_path: Path):
+    latent = make_latent(tmp_path)
+    analyze_run(tmp_path, AnalysisSettings(clusters=6, umap=False))
+    centers = pd.read_parquet(tmp_path / "analysis" / "centers.parquet").set_index("particle_id")
+    outliers = centers.index.isin(latent["particle_id"][-5:])
+    assert outliers.sum() == 1
+    assert not centers["inside"][outliers].any()
+    for name in ("direct", "graph"):
+        assert read_z(tmp_path / "analysis" / f"traversal_{name}.csv")[:, 2].max() < 5
+
+
+def test_a_run_that_kept_no_component_is_analysed(tmp_path: Path):
+    columns = {f"{name}_{j}": np.zeros(60, np.float32) for name in ("z", "std") for j in range(3)}
+    rng = np.random.default_rng(0)
+    columns["log_evidence"] = evidence_of(rng, np.zeros(60, dtype=bool))
+    pd.DataFrame({"particle_id": np.arange(60)} | columns).to_parquet(tmp_path / "latent.parquet")
+    summary = analyze_run(tmp_path)
+    assert summary["n_clusters"] == 1
+    assert summary["outside_region"] == {}
+    for name in ("pc1", "pc2", "direct", "graph"):
+        assert read_z(tmp_path / "analysis" / f"traversal_{name}.csv").tolist() == [[0, 0, 0]]
+
+
+def test_covariances_are_read_whole_with_or_without_their_off_diagonal(tmp_path: Path):
+    columns = {"particle_id": [1, 2], "z_0": [0.0, 1], "z_1": [0.0, 1], "std_0": [1.0, 2], "std_1": [3.0, 4]}
+    pd.DataFrame(columns).to_parquet(tmp_path / "latent.parquet")
+    np.testing.assert_allclose(read_covariances(tmp_path), [np.diag([1, 9]), np.diag([4, 16])])
+    pd.DataFrame(columns | {"cov_1_0": [0.5, -2.0]}).to_parquet(tmp_path / "latent.parquet")
+    np.testing.assert_allclose(read_covariances(tmp_path, np.array([1])), [[[4, -2], [-2, 16]]])
+    pd.DataFrame({"particle_id": [1], "z_0": [0.0]}).to_parquet(tmp_path / "latent.parquet")
+    assert read_covariances(tmp_path) is None
 
 
 @pytest.mark.parametrize("ids", ["star", "cs"])

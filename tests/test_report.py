@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from tiny_run import (
@@ -29,9 +31,11 @@ from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.runs import read_z
 from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
 from cryodrgn_pipeline.report.collect import gather
-from cryodrgn_pipeline.report.figures import axis_range, shown_rows
+from cryodrgn_pipeline.report.ellipses import ellipse
+from cryodrgn_pipeline.report.figures import axis_range
 from cryodrgn_pipeline.report.montage import difference_colours, grey_range, read_views
 from cryodrgn_pipeline.report.page import ReportRequest, write_report
+from cryodrgn_pipeline.report.rows import shown_rows
 from cryodrgn_pipeline.report.summary import training_verdict
 from cryodrgn_pipeline.report.tables import nearest_particles
 
@@ -165,10 +169,6 @@ def test_aberrations_that_nothing_applies_are_said(page: Page):
 
 
 def test_the_plots_hold_the_runs_numbers(page: Page, full: Path):
-    import base64
-
-    import pandas as pd
-
     latent = page.data["latent"]
     analysed = pd.read_parquet(full / "run" / "analysis" / "particles.parquet")
     for name in ("pc_1", "umap_2", "cluster", "junk_score"):
@@ -368,3 +368,119 @@ def test_a_consistent_check_names_what_it_could_not_decide(tmp_path: Path):
         "Conventions: consistent. As read, the particles agree with their images. Not determinable: hand."
         in (Page(page).text)
     )
+
+
+def make_subspace_run(run: Path, kept: int) -> Path:
+    """A run as `train --method subspace` leaves it: 3 components tried, `kept` of them supported."""
+    latent = make_latent(run)
+    n = len(latent)
+    for j in range(kept, 3):
+        latent[f"z_{j}"] = np.zeros(n, dtype=np.float32)
+        latent[f"std_{j}"] = np.zeros(n, dtype=np.float32)
+    rng = np.random.default_rng(0)
+    if kept > 1:
+        latent["cov_1_0"] = np.full(n, 0.02, dtype=np.float32)
+    latent["contrast"] = rng.normal(1, 0.05, n).astype(np.float32)
+    latent["log_evidence"] = rng.normal(40, 4, n).astype(np.float32)
+    latent.to_parquet(run / "latent.parquet", index=False)
+    evidence = [60.0, 90.0, 100.0, 100.2]
+    records = [
+        {"epoch": i + 1, "reconstruction": 1 - i / 10, "evidence": value, "level_px": 24}
+        for i, value in enumerate(evidence)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    manifest = {
+        "method": "subspace",
+        "n_particles": n,
+        "components": kept,
+        "settings": {"max_components": 3},
+        "held_out_gain": [{"mean": 2.5 * (i < kept), "standard_error": 0.25} for i in range(3)],
+        "contrast_spread": 0.05,
+        "noise_images": 7,
+        "training_seconds": 61,
+        "device": "cpu",
+    }
+    (run / "run.json").write_text(json.dumps(manifest))
+    analyze_run(run, AnalysisSettings(clusters=4, umap=False, points=3))
+    return run
+
+
+def test_a_subspace_run_is_reported_in_its_own_words(tmp_path: Path):
+    run = make_subspace_run(tmp_path, kept=2)
+    page = Page(write_report(ReportRequest(run=run)).read_text(encoding="utf-8"))
+    for words in (
+        "iterations 4",
+        "components 2 of 3",
+        "2 of 3 components are supported by held-out images. The last one kept adds 2.50 ± 0.25 to the log "
+        "evidence of an image, the next 0.00 ± 0.25.",
+        "the log evidence has settled",
+        "7 of 240 are likelier noise alone",
+        "spreads by 5.0 %",
+    ):
+        assert words in page.text
+    assert "epochs" not in page.text.partition("Convention check")[0]
+    assert "plot-kld" not in page.ids
+    assert page.data["loss"]["step"] == "iteration"
+    assert sum(page.data["contrast"]["counts"]) == 240
+    assert {"log_evidence", "contrast"} <= set(page.data["latent"]["columns"])
+    assert "z_2" not in page.data["latent"]["axes"]  # idle
+    with Image.open(run / "report" / "contrast.png") as figure:
+        assert min(figure.size) > 200
+
+
+def test_a_subspace_run_without_a_component_above_noise_says_so_first(tmp_path: Path):
+    run = make_subspace_run(tmp_path, kept=0)
+    make_volumes(run / "volumes" / "pc1", read_z(run / "analysis" / "traversal_pc1.csv"))
+    request = ReportRequest(run=run, volumes=(run / "volumes" / "pc1",))
+    page = Page(write_report(request).read_text(encoding="utf-8"))
+    first = page.text.partition("Convention check")[0]
+    assert "none of 3 is above noise" in first
+    assert "all volumes are the mean map" in first
+    assert "none above noise" in first
+    assert "uncertainty" not in page.data["latent"]
+    assert page.data["latent"]["axes"] == ["pc_1", "pc_2"]
+
+
+def test_the_ellipse_of_a_particle_is_its_posterior_seen_in_the_plane_of_the_plot(tmp_path: Path):
+    gathered = gather(make_subspace_run(tmp_path, kept=2))
+    sure = gathered.uncertainty
+    assert sure is not None
+    whole = np.array([[0.04, 0.02], [0.02, 0.04]])
+    np.testing.assert_allclose(sure.typical, whole, rtol=1e-5)
+    np.testing.assert_allclose(sure.in_plane(sure.centers[0], "z_0", "z_1"), whole, rtol=1e-5)
+    drawn = np.random.default_rng(0).multivariate_normal([0, 0], whole, 200_000)
+    components = np.array(gathered.analysis["pc_components"])[:2, :2]
+    seen = sure.in_plane(sure.typical, "pc_2", "pc_1")
+    np.testing.assert_allclose(seen, np.cov((drawn @ components.T)[:, ::-1].T), rtol=0.05, atol=5e-4)
+    width, height, angle_deg = ellipse(whole)
+    assert (width, height) == pytest.approx((2 * 0.06**0.5, 2 * 0.02**0.5))
+    assert angle_deg % 180 == pytest.approx(45)
+
+
+def test_the_page_carries_the_ellipses_of_particles_only_while_it_stays_small(tmp_path: Path, monkeypatch):
+    run = make_subspace_run(tmp_path, kept=2)
+    page = Page(write_report(ReportRequest(run=run)).read_text(encoding="utf-8"))
+    spread = page.data["latent"]["uncertainty"]
+    np.testing.assert_allclose(spread["typical"], [0.04, 0.02, 0.04], rtol=1e-5)
+    assert len(spread["centers"]) == len(page.data["latent"]["sizes"])
+    assert len(base64.b64decode(spread["particles"])) == 240 * 3 * 4
+    assert "red, that of the particle under the pointer" in page.text
+    monkeypatch.setattr("cryodrgn_pipeline.report.plots.HOVERED_AT_MOST", 100)
+    page = Page(write_report(ReportRequest(run=run)).read_text(encoding="utf-8"))
+    assert page.data["latent"]["uncertainty"]["particles"] is None
+    assert "under the pointer" not in page.text
+    assert "A UMAP has no such ellipse" in page.text
+
+
+def test_volumes_outside_the_region_of_particles_are_marked(tmp_path: Path):
+    make_latent(tmp_path)
+    folder = make_volumes(tmp_path / "volumes" / "mine", np.zeros((3, 3), dtype=np.float32))
+    table = pd.read_parquet(folder / "volumes.parquet")
+    table.assign(inside=[True, False, True], latent_density=[1.0, 1e-5, 2.0]).to_parquet(
+        folder / "volumes.parquet"
+    )
+    page = Page(write_report(ReportRequest(run=tmp_path, volumes=(folder,))).read_text(encoding="utf-8"))
+    assert "1 of 3 maps of “mine” lie outside the region of particles" in page.text
+    marked = [word for word in page.words if "outside the region of particles" in word]
+    assert len(marked) == 2  # the finding and the one caption
+    assert "001 (outside)" in page.text

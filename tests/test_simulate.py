@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
-from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.simulate import Settings, phantom_of, signal_spectra, simulate
 from cryodrgn_pipeline.simulation.images import ctf_plane, noise_filter, slices, volume
 from cryodrgn_pipeline.simulation.particles import draw_particles
-from cryodrgn_pipeline.simulation.phantom import ARM, BODY, MOTIONS, SUBUNIT
+from cryodrgn_pipeline.simulation.phantom import ARM, ARM_SUBUNIT, BODY, MOTIONS, SUBUNIT
+from cryodrgn_pipeline.simulation.structure import coarse_grained, read_pdb, structure_phantom
 
 D, PIXEL_A = 32, 6.0
 SMALL = Settings(box_size=D, particles=130, pixel_size_a=PIXEL_A, states=3, snr=50.0)
@@ -31,6 +33,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simulated") / "set"
     simulate(SMALL, folder)
     return folder
+
+
+def density(motion: float, occupancy: float) -> np.ndarray:
+    phantom = phantom_of(SMALL)
+    position, weight = phantom.states(np.array([motion]), np.array([occupancy]))
+    return volume(position[0], weight[0], sigma_a=phantom.sigma_a, box_size_px=D, pixel_size_a=PIXEL_A)
 
 
 def projection(
@@ -65,7 +73,7 @@ def relion_matrix(rot: float, tilt: float, psi: float) -> np.ndarray:
 
 
 def test_an_unrotated_image_is_the_volume_summed_along_z():
-    summed = volume(phantom_of(SMALL), 0.3, 1.0, box_size_px=D, pixel_size_a=PIXEL_A).sum(axis=0)
+    summed = density(0.3, 1.0).sum(axis=0)
     np.testing.assert_allclose(projection(np.eye(3), np.zeros(2)), summed, atol=2e-5 * summed.max())
 
 
@@ -79,7 +87,7 @@ def test_a_quarter_turn_about_z_turns_the_image_from_x_to_y():
 
 def test_a_view_from_the_side_sums_along_another_axis():
     turn = Rotation.from_euler("x", 90, degrees=True).as_matrix()  # y → z, z → −y
-    summed = volume(phantom_of(SMALL), 0.3, 1.0, box_size_px=D, pixel_size_a=PIXEL_A).sum(axis=1)
+    summed = density(0.3, 1.0).sum(axis=1)
     expected = summed[:0:-1, 1:]
     np.testing.assert_allclose(projection(turn, np.zeros(2))[1:, 1:], expected, atol=1e-4 * summed.max())
 
@@ -349,3 +357,163 @@ def test_import_finds_the_true_poses_defoci_and_images_in_either_form(made, tmp_
     np.testing.assert_array_equal(found["image_index"], particles.images.index)
     np.testing.assert_array_equal(found["half_set"], particles.half_set)
     np.testing.assert_array_equal(found["micrograph"], particles.micrograph)
+
+
+def pdb_line(serial: int, chain: str, residue: int, at: tuple[float, ...], atom: str = "CA") -> str:
+    x, y, z = at
+    return (
+        f"ATOM  {serial:5d}  {atom:<3} ALA {chain}{residue:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00 20.00"
+        f"          {atom[0]:>2}"
+    )
+
+
+@pytest.fixture
+def rod(tmp_path: Path) -> Path:
+    """A rod along x, chain A from −60 to 18 Å and B from 20 to 60 Å, and chain C, a stub along y."""
+    places = [("A" if x < 20 else "B", (float(x), 0.0, 0.1 * (x % 7))) for x in range(-60, 61, 2)]
+    places += [("C", (-50.0, float(y), 0.0)) for y in range(4, 30, 2)]
+    lines = [
+        pdb_line(3 * n + k, chain, n + 1, (at[0], at[1] + k, at[2]), atom)
+        for n, (chain, at) in enumerate(places)
+        for k, atom in enumerate(("N", "CA", "H"))
+    ]
+    path = tmp_path / "rod.pdb"
+    path.write_text("\n".join([*lines, "ENDMDL", pdb_line(1, "Z", 1, (0, 0, 0))]) + "\n")
+    return path
+
+
+def test_a_pdb_file_is_read_as_its_heavy_atoms_of_the_first_model(rod):
+    atoms = read_pdb(rod)
+    assert len(atoms) == 2 * (61 + 13)
+    assert set(atoms.chain) == {"A", "B", "C"}
+    assert atoms.weight[:2].tolist() == [7, 6]
+    residues = coarse_grained(atoms)
+    assert len(residues) == 61 + 13
+    np.testing.assert_allclose(residues.weight, 13)
+    np.testing.assert_allclose(residues.position_a[0], [-60, 6 / 13, 0.1 * (-60 % 7)], atol=1e-3)
+
+
+def test_chains_of_a_structure_swing_rigidly_and_come_and_go(rod):
+    phantom = structure_phantom(
+        read_pdb(rod), sigma_a=2.0, box_a=200, motion_range=60, hinge_chain="B", absent_chain="C"
+    )
+    position, weight = phantom.states(np.array([0.0, 0.5, 1.0]), np.array([1.0, 1.0, 0.0]))
+    moved = np.linalg.norm(position[2] - position[0], axis=1)
+    arm, still = moved[phantom.domain == ARM], moved[phantom.domain != ARM]
+    assert len(arm) == 21
+    assert still.max() == 0
+    assert arm.max() == pytest.approx(2 * np.sin(np.deg2rad(30)) * 40, rel=0.2)  # a lever of 40 Å
+    assert set(weight[2, phantom.domain == SUBUNIT]) == {0.0}
+    assert (phantom.domain == SUBUNIT).sum() == 13
+    np.testing.assert_allclose(np.average(position[1], axis=0, weights=weight[1]), 0, atol=1e-9)
+
+
+def test_without_chains_half_of_the_longest_axis_moves_and_one_end_of_the_second_is_absent(rod):
+    phantom = structure_phantom(read_pdb(rod), sigma_a=2.0, box_a=300, motion_range=60)
+    moves = np.isin(phantom.domain, (ARM, ARM_SUBUNIT))
+    assert moves.sum() == 37
+    x = phantom.position_a[:, 0]
+    assert x[moves].min() > x[~moves].max() or x[moves].max() < x[~moves].min()
+    absent = np.isin(phantom.domain, (SUBUNIT, ARM_SUBUNIT))
+    assert 0.1 < phantom.weight[absent].sum() / phantom.weight.sum() <= 0.2
+    gone = phantom.states(np.array([0.5]), np.array([0.0]))[1][0]
+    assert np.array_equal(gone == 0, absent)
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        ("--hinge-chain Q", "its chains are A, B, C"),
+        ("--absent-chain A,B,C", "choose a part"),
+        ("--hinge-chain A:x-3", "A:1385-1760"),
+        ("--motion twist", "--motion none"),
+        ("--pixel-size 3", "raise --box-size or --pixel-size"),
+        ("--particle-diameter 90", "leave the particle diameter away"),
+        ("--species 3", "leave the structure away"),
+    ],
+)
+def test_a_structure_that_cannot_be_used_says_what_to_change(tmp_path, rod, words, cure):
+    arguments = ["simulate", "-o", str(tmp_path / "set"), "--structure", str(rod), *words.split()]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert cure in str(result.exception)
+
+
+def test_a_damaged_structure_is_refused_with_its_line(tmp_path, rod):
+    broken = tmp_path / "broken.pdb"
+    broken.write_text(rod.read_text().replace("  N   ALA A   2", "  N   ALA A  x2"))
+    with pytest.raises(InputFormatError, match="line 4"):
+        read_pdb(broken)
+    with pytest.raises(InputFormatError, match="no ATOM"):
+        read_pdb(Path(__file__))
+
+
+def test_a_set_of_a_structure_has_images_and_truth_of_it(tmp_path, rod):
+    arguments = ["simulate", "-o", str(tmp_path / "set"), "--structure", str(rod), "--particles", "40"]
+    arguments += ["--hinge-chain", "B", "--absent-chain", "C", "--states", "3", "--snr", "20"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "set/simulate.json").read_text())
+    assert told["structure_sha256"] == hashlib.sha256(rod.read_bytes()).hexdigest()
+    with_chain, without = (mrcfile.read(tmp_path / f"set/truth/volumes/state_00{k}.mrc") for k in (1, 4))
+    gone = with_chain - without
+    assert gone.sum() / with_chain.sum() == pytest.approx(13 / 74, rel=0.02)
+
+
+def test_a_mixture_has_distinct_species_with_a_common_core():
+    mixture = phantom_of(Settings(species=12))
+    there = mixture.weight > 0
+    what = [
+        (tuple(mask), tuple(place[mask].ravel()))
+        for mask, place in zip(there, mixture.position_a, strict=True)
+    ]
+    assert len(set(what)) == 12
+    still = np.ptp(mixture.position_a, axis=0).max(axis=1) == 0
+    common = there.all(axis=0) & still
+    assert 0.25 < common.mean() < 0.6
+    assert np.linalg.norm(mixture.position_a, axis=-1).max() <= Settings().diameter_a / 2 * 1.001
+    volumes = [
+        volume(place, weight, sigma_a=mixture.sigma_a, box_size_px=D, pixel_size_a=PIXEL_A).ravel()
+        for place, weight in zip(mixture.position_a, mixture.weight, strict=True)
+    ]
+    alike = np.corrcoef(volumes)[np.triu_indices(12, 1)]
+    assert alike.max() < 0.99
+    assert alike.min() > 0.3
+
+
+def test_a_mixture_is_written_with_the_species_of_every_particle(tmp_path):
+    result = CliRunner().invoke(app, ["simulate", "-o", str(tmp_path), "--particles", "90", "--species", "4"])
+    assert result.exit_code == 0, result.output
+    truth = pd.read_parquet(tmp_path / "truth/truth.parquet")
+    assert set(truth["species"]) == {0, 1, 2, 3}
+    assert not {"motion", "occupancy", "motion_deg"} & set(truth)
+    states = pd.read_csv(tmp_path / "truth/volumes/states.csv")
+    assert list(states["species"]) == [0, 1, 2, 3]
+    volumes = [mrcfile.read(tmp_path / "truth/volumes" / path) for path in states["path"]]
+    consensus = mrcfile.read(tmp_path / "consensus.mrc")
+    np.testing.assert_allclose(consensus, np.mean(volumes, axis=0), atol=1e-5 * consensus.max())
+
+
+@pytest.mark.parametrize("kind", [{}, {"species": 3}])
+def test_every_fault_of_a_real_set_can_be_simulated_at_once(tmp_path, kind):
+    faults = {"junk": 0.3, "contrast_spread": 0.25, "noise_colour": 3.0, "pose_error_deg": 3.0}
+    settings = Settings(particles=200, snr=5.0, states=2, shift_error_a=6.0, **faults, **kind)
+    simulate(settings, tmp_path / "set")
+    particles, phantom = draw_particles(settings), phantom_of(settings)
+    told = json.loads((tmp_path / "set/simulate.json").read_text())
+    truth = pd.read_parquet(tmp_path / "set/truth/truth.parquet")
+    assert told["junk_particles"] == truth["junk"].sum() == particles.junk.sum() > 30
+    assert truth["contrast"].std() == pytest.approx(0.25, abs=0.05)
+    signal = told["grey_scale"] * torch.fft.irfft2(
+        signal_spectra(particles, np.arange(200), phantom, settings), s=(D, D)
+    )
+    images, stacks = particles.reported.images, []
+    for name in images.stack_paths:
+        stacks.append(mrcfile.read(tmp_path / "set" / name))
+    stored = np.stack([stacks[s][i] for s, i in zip(images.stack, images.index, strict=True)])
+    noise = stored - signal.numpy()
+    assert noise.var() == pytest.approx(1.0, rel=0.03)
+    good = ~particles.junk
+    assert float(signal[good].var(dim=(1, 2)).mean()) == pytest.approx(5.0, rel=0.1)
+    power = (np.abs(np.fft.rfft2(noise)) ** 2).mean(axis=0)
+    assert power[0, 1] / power[8:24, 16].mean() == pytest.approx(4.0, rel=0.25)

@@ -16,8 +16,9 @@ from cryodrgn_pipeline.evaluate import latent_scores, read_truth
 from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
 from cryodrgn_pipeline.fourier.transforms import HalfPlane
 from cryodrgn_pipeline.fourier_images import FourierImages
-from cryodrgn_pipeline.io.checkpoints import load_model, save_linear_model
+from cryodrgn_pipeline.io.checkpoints import load_model, save_model
 from cryodrgn_pipeline.io.runs import read_columns, read_latents
+from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel, factors
 from cryodrgn_pipeline.subspace.fit import supported_components, whitened
 from cryodrgn_pipeline.subspace.images import level_plane
@@ -126,7 +127,7 @@ def test_the_toeplitz_operator_is_slicing_and_splatting_back(case) -> None:
     sums.add(images, noise, ones, ones)
     lattice = Lattice(BOX)
     _, normal = sums.complete()
-    operator = lattice.without_window(normal)[:, 0].reshape(lattice.shape)
+    operator = lattice.operator_weights(normal)[0][:, 0].reshape(lattice.shape)
     by_product = lattice.adjoint(lattice.spectra(maps[:1]) * operator)
     again = NormalEquations(BOX, 1)
     where = slice_coordinates(images.plane, images.rotation, images.scale)
@@ -214,7 +215,7 @@ def test_a_linear_model_is_stored_and_draws_its_maps(tmp_path: Path) -> None:
     smooth = torch.stack([blobs.density(BOX, blobs.CENTRES * s) for s in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)])
     spread = torch.tensor([1.0, 0.5])
     model = LinearModel(maps=smooth, spread=spread, latent_dim=4, curved=2, pixel_size_a=3.0)
-    save_linear_model(tmp_path / "model.safetensors", model)
+    save_model(tmp_path / "model.safetensors", model)
     again = load_model(tmp_path)
     z = torch.randn(4, generator=rng)
     expected = torch.tensordot(factors((z[:2] / spread)[None], 2)[0], smooth, dims=1)
@@ -287,6 +288,52 @@ def test_a_finished_subspace_is_left_as_it_is(learnt: Path) -> None:
     assert (learnt / "run" / "latent.parquet").stat().st_mtime_ns > before
 
 
+@pytest.fixture(scope="module")
+def nonlinear(learnt: Path) -> Path:
+    """The default model of the same particles."""
+    run(f"train {learnt}/stack -o {learnt}/vae")
+    return learnt / "vae"
+
+
+def test_the_network_in_the_span_of_the_maps_does_not_lose_what_the_subspace_found(
+    learnt: Path, nonlinear: Path
+) -> None:
+    truth = read_truth(learnt / "set")
+    scores = latent_scores(nonlinear, truth)
+    assert min(scores["r2"].values()) > 0.9
+    assert max(scores["leakage"].values()) < 0.05
+    for name in ("run", "vae"):
+        run(f"evaluate --run {learnt}/{name} --truth {learnt}/set --write-points {learnt}/{name}.csv")
+        run(f"volumes {learnt}/{name} --z {learnt}/{name}.csv -o {learnt}/{name}_volumes")
+        run(f"evaluate {learnt}/{name}_volumes --run {learnt}/{name} --truth {learnt}/set")
+    linear, curved = (
+        json.loads((learnt / f"{name}_volumes" / "metrics.json").read_text())["fsc_auc"]["moving"]
+        for name in ("run", "vae")
+    )
+    assert curved > linear
+
+
+def test_held_out_particles_only_measure(nonlinear: Path) -> None:
+    latents = read_latents(nonlinear)
+    assert latents.held_out is not None
+    assert latents.held_out.sum() == 75  # 5 % of 1500
+    assert latents.z.shape == (1500, 8)
+    assert (latents.std > 0).all()
+    last = json.loads((nonlinear / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_reconstruction"] == pytest.approx(last["reconstruction"], rel=0.05)
+    assert last["kld"] > 1
+
+
+def test_factors_turned_to_their_axes_draw_the_same_volumes(nonlinear: Path) -> None:
+    model = load_model(nonlinear)
+    assert isinstance(model, BasisModel)
+    z = torch.from_numpy(read_latents(nonlinear).z)
+    weights = model.factors(z)
+    assert torch.allclose(weights[:, 0], torch.ones(len(z)))
+    assert weights[:, 1:].mean(0).abs().max() < 0.1
+    assert (weights[:, 1:].var(0) - 1).abs().max() < 0.3
+
+
 def test_of_a_rigid_set_no_component_is_kept(tmp_path: Path) -> None:
     run(
         f"simulate -o {tmp_path}/set --box-size 24 --pixel-size 8 --particles 1000 --snr 0.3 --motion none "
@@ -294,8 +341,9 @@ def test_of_a_rigid_set_no_component_is_kept(tmp_path: Path) -> None:
     )
     run(f"import {tmp_path}/set/particles.star -o {tmp_path}/import")
     run(f"preprocess {tmp_path}/import --box-size 24 -o {tmp_path}/stack")
-    run(f"train {tmp_path}/stack --method subspace -o {tmp_path}/run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["components"] == 0
-    assert (read_latents(tmp_path / "run").z == 0).all()
-    run(f"analyze {tmp_path}/run --no-umap")
-    run(f"volumes {tmp_path}/run --z {tmp_path}/run/analysis/centers.csv -o {tmp_path}/volumes")
+    for method in ("subspace", "vae"):
+        run(f"train {tmp_path}/stack --method {method} -o {tmp_path}/{method}")
+        assert json.loads((tmp_path / method / "run.json").read_text())["components"] == 0
+        assert (read_latents(tmp_path / method).z == 0).all()
+    run(f"analyze {tmp_path}/vae --no-umap")
+    run(f"volumes {tmp_path}/vae --z {tmp_path}/vae/analysis/centers.csv -o {tmp_path}/volumes")

@@ -433,7 +433,8 @@ def test_a_setting_out_of_range_is_refused_by_its_option_name(name, value):
 
 def start_training(tiny_set: Path, run: Path, epochs: int) -> subprocess.Popen:
     command = (
-        f"train {tiny_set}/stack -o {run} --epochs {epochs} --encoder-width 16 --decoder-width 16 --resume"
+        f"train {tiny_set}/stack -o {run} --encoder image --decoder mlp --epochs {epochs} "
+        "--encoder-width 16 --decoder-width 16 --resume"
     )
     command += (
         " --latent-dim 2 --checkpoint-every-minutes 1e-9 --threads 1 --device cpu"  # a save every batch

@@ -1,5 +1,6 @@
 """Decoded volumes: the right grey scale, voxel size and origin, wherever the latents come from."""
 
+import shutil
 from pathlib import Path
 
 import mrcfile
@@ -83,7 +84,8 @@ def test_a_low_pass_lowers_the_peak_and_keeps_the_mass(model):
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("volumes") / "run"
     words = (
-        f"train {tiny_set}/stack -o {folder} --epochs 2 --latent-dim 2 --encoder-width 16 --decoder-width 16"
+        f"train {tiny_set}/stack -o {folder} --encoder image --decoder mlp --epochs 2 --latent-dim 2 "
+        "--encoder-width 16 --decoder-width 16"
     )
     done = CliRunner().invoke(app, words.split(), catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -112,6 +114,24 @@ def test_volumes_at_given_latents_come_in_order_with_honest_headers(run, tmp_pat
             maps.append(mrc.data.copy())
     assert np.array_equal(maps[0], maps[2])
     assert not np.array_equal(maps[0], maps[1])
+
+
+def test_volumes_where_no_particles_are_are_marked_and_said(run, tmp_path, caplog):
+    particle = read_latents(run).z[5]
+    z = np.stack([particle, particle + 50]).astype(np.float32)
+    decode_volumes(run, z, tmp_path / "maps", MapOptions(), torch.device("cpu"))
+    table = pq.read_table(tmp_path / "maps" / "volumes.parquet").to_pandas()
+    assert table["inside"].tolist() == [True, False]
+    assert table["latent_density"][0] > 100 * table["latent_density"][1]
+    assert "outside the region of particles, drawn without data: volumes 001" in caplog.text
+
+
+def test_without_latents_nothing_is_claimed_about_where_particles_are(run, tmp_path, caplog):
+    shutil.copy(run / "model.safetensors", tmp_path)
+    decode_volumes(tmp_path, np.zeros((1, 2)), tmp_path / "maps", MapOptions(), torch.device("cpu"))
+    names = pq.read_schema(tmp_path / "maps" / "volumes.parquet").names
+    assert names == ["path", "z_0", "z_1"]
+    assert "no latent.parquet" in caplog.text
 
 
 def test_latents_come_from_clusters_components_and_ids(run, tmp_path):

@@ -33,6 +33,8 @@ FIRST_RUN = {
 TINY: dict[str, Any] = {
     "preprocess": {"box_size_px": 16},
     "train": {
+        "encoder": "image",
+        "decoder": "mlp",
         "latent_dim": 2,
         "epochs": 1,
         "encoder_layers": 1,
@@ -257,6 +259,8 @@ def test_every_setting_of_the_training_reaches_the_verb(project: Path) -> None:
     from cryodrgn_pipeline.config.models import Train
 
     train = {
+        "encoder": "image",
+        "decoder": "mlp",
         "latent_dim": 1,
         "epochs": 2,
         "batch_size": 3,

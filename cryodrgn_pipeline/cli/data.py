@@ -143,16 +143,30 @@ def simulate_verb(
         float | None, typer.Option(help="In Å; 0.62 of the box if not given.")
     ] = None,
     structure_seed: Annotated[int, typer.Option(help="Places the atoms within the domains.")] = 0,
+    structure: Annotated[
+        Path | None, typer.Option(help="PDB file: this atomic model in place of the made-up molecule.")
+    ] = None,
+    hinge_chain: Annotated[
+        str | None,
+        typer.Option(help="With --structure: what moves, such as B or A:1385-1760; default half of it."),
+    ] = None,
+    absent_chain: Annotated[
+        str | None, typer.Option(help="With --structure: the subunit that may be absent; default one end.")
+    ] = None,
     stacks: Annotated[int, typer.Option(help="Number of image stacks.")] = 2,
     states: Annotated[int, typer.Option(help="Truth volumes along the motion.")] = 21,
+    species: Annotated[
+        int, typer.Option(help="A mixture of so many distinct species, in place of motion and occupancy.")
+    ] = 0,
     dark_on_light: Annotated[
         bool, typer.Option("--dark-on-light", help="Write dark particles (.cs blob/sign = -1).")
     ] = False,
 ) -> None:
     """Make a particle set with known answers, as RELION and as cryoSPARC would hand it over.
 
-    A molecule whose arm moves continuously and whose subunit is there or not, seen from all sides through a
-    CTF and noise. Writes particles.star, particles.cs, stacks/, consensus.mrc and truth/.
+    A molecule whose arm moves continuously and whose subunit is there or not (made up, or an atomic model),
+    or a mixture of distinct species, seen from all sides through a CTF and noise. Writes particles.star,
+    particles.cs, stacks/, consensus.mrc and truth/.
 
     Example: cryodrgn-pipeline simulate --particles 4000 --snr 0.2 -o simulated
     """
@@ -168,6 +182,9 @@ def simulate_verb(
             snr=snr,
             seed=seed,
             structure_seed=structure_seed,
+            structure=None if structure is None else str(structure),
+            hinge_chain=hinge_chain,
+            absent_chain=absent_chain,
             motion=motion,
             motion_range=motion_range,
             occupancy=occupancy,
@@ -187,6 +204,7 @@ def simulate_verb(
             pixel_size_spread=pixel_size_spread,
             stacks=stacks,
             states=states,
+            species=species,
             dark_on_light=dark_on_light,
         )
     except ValueError as error:

@@ -18,6 +18,12 @@ def train(
     method: Annotated[
         str, typer.Option(help="Model: vae (nonlinear), or subspace (linear, in minutes).")
     ] = "vae",
+    encoder: Annotated[
+        str, typer.Option(help="What the vae's encoder reads: subspace (posterior in it) or image.")
+    ] = "subspace",
+    decoder: Annotated[
+        str, typer.Option(help="What the vae draws with: basis (maps of the subspace) or mlp (cryoDRGN's).")
+    ] = "basis",
     latent_dim: Annotated[int, typer.Option(min=1, help="Size of z.")] = 8,
     subset: Annotated[
         Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
@@ -80,16 +86,31 @@ def train(
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first --epochs 25 --coordinate-fraction 0.25
     """
-    if method not in ("vae", "subspace"):
-        raise ConfigError(f"--method {method}: expected vae or subspace")
-    if method == "subspace":
-        from cryodrgn_pipeline.subspace.fit import SubspaceSettings
+    expected = {"method": ("vae", "subspace"), "encoder": ("subspace", "image"), "decoder": ("basis", "mlp")}
+    for name, value in (("method", method), ("encoder", encoder), ("decoder", decoder)):
+        if value not in expected[name]:
+            raise ConfigError(f"--{name} {value}: expected {' or '.join(expected[name])}")
+    if method == "subspace" or (encoder, decoder) == ("subspace", "basis"):
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
-        linear = SubspaceSettings(max_components=latent_dim, seed=seed)
-        train_subspace(SubspaceRequest(stack=stack, run=run, subset=subset, settings=linear, threads=threads))
+        train_subspace(
+            SubspaceRequest(
+                stack=stack,
+                run=run,
+                subset=subset,
+                latent_dim=latent_dim,
+                nonlinear=method == "vae",
+                held_out_fraction=held_out_fraction,
+                seed=seed,
+                threads=threads,
+            )
+        )
         typer.echo(run / "latent.parquet")
         return
+    if (encoder, decoder) != ("image", "mlp"):
+        raise ConfigError(
+            f"--encoder {encoder} goes with --decoder {'basis' if encoder == 'subspace' else 'mlp'}"
+        )
     if beta != "auto":
         try:
             float(beta)
@@ -161,7 +182,11 @@ def volumes(
     pc: Annotated[int | None, typer.Option(help="Along this principal component, from 1.")] = None,
     n: Annotated[int, typer.Option("-n", min=2, help="Number of volumes along --pc.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --kmeans.")] = 0,
-    source: Annotated[str, typer.Option(help="Where density comes from: decoder.")] = "decoder",
+    source: Annotated[str, typer.Option(help="Where density comes from: decoder or particles.")] = "decoder",
+    stack: Annotated[
+        Path | None,
+        typer.Option(help="With particles: another stack of them, such as one of the full box."),
+    ] = None,
     box_size: Annotated[int | None, typer.Option(help="Decode on a coarser grid of this box, px.")] = None,
     low_pass_a: Annotated[float | None, typer.Option(help="Remove detail finer than this, Å.")] = None,
     flip_hand: Annotated[bool, typer.Option("--flip-hand", help="Mirror the maps.")] = False,
@@ -172,12 +197,20 @@ def volumes(
     """Draw volumes at points of the latent space.
 
     Writes vol_000.mrc … and volumes.parquet with the latent of each. A decoder draws a map at any z, right or
-    wrong: stay where particles are.
+    wrong: stay where particles are. From particles: the images near each point correct the model's map, and
+    half maps (in halves/) with their FSC say how far to trust it; --ids takes these particles' images.
 
-    Example: cryodrgn-pipeline volumes runs/first --kmeans 20 -o runs/first/volumes
+    Example: cryodrgn-pipeline volumes runs/first --kmeans 20 --source particles -o runs/first/volumes
     """
-    if source != "decoder":
-        raise ConfigError(f"--source {source}: expected decoder")
+    if source not in ("decoder", "particles"):
+        raise ConfigError(f"--source {source}: expected decoder or particles")
+    if source == "particles" and box_size is not None:
+        raise ConfigError(
+            f"--box-size {box_size}: volumes from particles have the box of their stack; cut them with "
+            "--crop-px, or name a stack of another box with --stack"
+        )
+    if source == "decoder" and stack is not None:
+        raise ConfigError(f"--stack {stack}: a decoder reads no images; give it with --source particles")
     import torch
 
     from cryodrgn_pipeline.training.run import choose_device
@@ -187,5 +220,12 @@ def volumes(
         torch.set_num_threads(threads)
     latents = latents_for(run, z_table=z, kmeans=kmeans, ids=ids, pc=pc, n=n, seed=seed)
     options = MapOptions(box_size_px=box_size, low_pass_a=low_pass_a, flip_hand=flip_hand, crop_px=crop_px)
-    for path in decode_volumes(run, latents, output, options, choose_device(device)):
+    if source == "particles":
+        from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
+
+        request = ParticleVolumes(run=run, targets=latents, ids=ids, stack=stack, options=options)
+        paths = particle_volumes(request, output, choose_device(device))
+    else:
+        paths = decode_volumes(run, latents, output, options, choose_device(device))
+    for path in paths:
         typer.echo(path)

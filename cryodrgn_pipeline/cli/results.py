@@ -199,6 +199,10 @@ def evaluate_verb(
     particles: Annotated[
         Path | None, typer.Option(help="One particle id per volume, in order.", show_default=False)
     ] = None,
+    stack: Annotated[
+        Path | None,
+        typer.Option(help="The set's stack: adds consensus, oracle and headroom.", show_default=False),
+    ] = None,
     write_points: Annotated[
         Path | None,
         typer.Option(
@@ -216,8 +220,9 @@ def evaluate_verb(
     """Score volumes and latents against a known truth.
 
     Volumes: FSC-AUC (CryoBench's definition) against the true state of each volume's particle, unmasked,
-    within the union of the states, and within what moves. Latents: 20-NN R² of the true coordinates, and
-    leakage of viewing direction and defocus.
+    within the union of the states, and within what moves; with --stack also of the consensus, of an oracle
+    that is told the true states, and the headroom between them. Latents: 20-NN R² of the true coordinates,
+    leakage of viewing direction and defocus, and for discrete states the ARI of the clusters of `analyze`.
 
     Example: cryodrgn-pipeline evaluate runs/first/volumes --truth simulated/truth --run runs/first
     """
@@ -227,16 +232,27 @@ def evaluate_verb(
 
     if volumes is None and run is None:
         raise ConfigError("nothing to evaluate: name a folder of volumes, --run RUN, or both")
+    if stack is not None and volumes is None:
+        raise ConfigError("--stack needs a folder of volumes, whose headroom it tells")
     if write_points is not None:
         if run is None:
             raise ConfigError("--write-points needs --run RUN: it takes the points from that run's latent")
         write_z(write_points, sample_points(run, truth)[1])
-    metrics = evaluate(volumes, truth, run=run, particles=particles)
+    metrics = evaluate(volumes, truth, run=run, particles=particles, stack=stack)
     if output is None:
         output = volumes / "metrics.json" if volumes is not None else (run or Path()) / "evaluation.json"
     write_json(output, metrics)
     for name, value in metrics.get("fsc_auc", {}).items():
         typer.echo(f"FSC-AUC {name:9} {value:.3f}  (ceiling {metrics['ceiling']:.3f}, {metrics['compared']})")
+    if metrics.get("headroom") is not None:
+        ends = (metrics["references"][name]["moving"] for name in ("consensus", "oracle"))
+        typer.echo(
+            "headroom {:.2f}  (moving mask: consensus {:.3f}, oracle {:.3f})".format(
+                metrics["headroom"], *ends
+            )
+        )
+    for name, value in metrics.get("latent", {}).get("ari", {}).items():
+        typer.echo(f"ARI of clusters and {name}  {value:.3f}")
     for name, value in metrics.get("latent", {}).get("r2", {}).items():
         typer.echo(f"R2 of {name} from z  {value:.3f}")
     for name, value in metrics.get("latent", {}).get("leakage", {}).items():

@@ -70,7 +70,13 @@ class Train(Section):
     """The latent model and its training; what is said of encoder, decoder and epochs is the vae's."""
 
     method: Literal["vae", "subspace"] = Field(
-        "vae", description="vae, or subspace: linear, in minutes; takes latent_dim and seed only"
+        "vae", description="vae, or subspace: linear; takes latent_dim and seed only"
+    )
+    encoder: Literal["subspace", "image"] = Field(
+        "subspace", description="what the vae's encoder reads: the posterior in the subspace, or the image"
+    )
+    decoder: Literal["basis", "mlp"] = Field(
+        "basis", description="basis: maps of the subspace, in minutes; mlp: cryoDRGN's, with encoder image"
     )
     latent_dim: Count = Field(8, description="dimensions of z")
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
@@ -113,9 +119,11 @@ class Train(Section):
 
 
 class Volumes(Section):
-    """Which volumes are decoded from a trained model, and how."""
+    """Which volumes are made with a trained model, and how."""
 
-    source: Literal["decoder"] = Field("decoder", description="where the volumes come from")
+    source: Literal["decoder", "particles"] = Field(
+        "decoder", description="decoder, or particles: their images, with half maps and a resolution"
+    )
     centers: bool = Field(True, description="one volume per cluster centre of the analysis")
     principal_components: Annotated[int, Field(ge=0)] = Field(
         2, description="a series along each of the first so many; at most analyze's, and latent_dim"
@@ -123,7 +131,7 @@ class Volumes(Section):
     direct_path: bool = Field(False, description="a series along the straight line between clusters")
     graph_path: bool = Field(False, description="a series along a path that stays among the particles")
     box_size_px: Annotated[int, Field(ge=8, multiple_of=2)] | None = Field(
-        None, description="decode at this smaller even box; null = the stack's"
+        None, description="decode at this smaller even box; null = the stack's (decoder only)"
     )
     low_pass_a: Positive | None = Field(None, description="low-pass filter, resolution in Å; null = none")
     flip_hand: bool = Field(False, description="mirror the volumes")

@@ -14,11 +14,12 @@ from safetensors.torch import save
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing
+from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel, BasisVae
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig, decoded_density
 
 MODEL_FILE = "model.safetensors"
-VAE, LINEAR = "cryodrgn_pipeline.vae.1", "cryodrgn_pipeline.linear.1"
+VAE, LINEAR, BASIS = (f"cryodrgn_pipeline.{kind}.1" for kind in ("vae", "linear", "basis"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,29 +46,29 @@ class TrainedModel:
         return decoded_density(self.vae, z, box_size_px) * (self.scale * coarser)
 
 
-def save_model(path: Path, model: TrainedModel) -> None:
-    """Write weights and, as JSON metadata, the architecture, normalisation and pixel size, atomically."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.vae.state_dict().items()}
-    meta = {
-        "format": VAE,
-        "config": json.dumps(model.vae.config.as_dict()),
-        "scale": repr(model.scale),
-        "pixel_size_a": repr(model.pixel_size_a),
-    }
+Model = TrainedModel | LinearModel | BasisModel
+
+
+def save_model(path: Path, model: Model) -> None:
+    """Write weights or maps and, as JSON metadata, what they belong to, atomically."""
+    if isinstance(model, TrainedModel):
+        tensors = model.vae.state_dict()
+        meta = {"format": VAE, "config": json.dumps(model.vae.config.as_dict()), "scale": repr(model.scale)}
+    elif isinstance(model, LinearModel):
+        tensors = {"maps": model.maps, "spread": model.spread}
+        config = {"latent_dim": model.latent_dim, "curved": model.curved}
+        meta = {"format": LINEAR, "config": json.dumps(config)}
+    else:
+        tensors = {"maps": model.maps, "turn": model.turn}
+        tensors |= {f"vae.{name}": value for name, value in model.vae.state_dict().items()}
+        meta = {"format": BASIS, "config": json.dumps(model.vae.config.as_dict())}
+    meta["pixel_size_a"] = repr(model.pixel_size_a)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=meta))
+        temporary.write_bytes(save(plain, metadata=meta))
 
 
-def save_linear_model(path: Path, model: LinearModel) -> None:
-    """Write a linear model's maps and, as JSON metadata, what they are multiplied by, atomically."""
-    config = {"latent_dim": model.latent_dim, "curved": model.curved}
-    meta = {"format": LINEAR, "config": json.dumps(config), "pixel_size_a": repr(model.pixel_size_a)}
-    with replacing(path) as temporary:
-        tensors = {"maps": model.maps.cpu().contiguous(), "spread": model.spread.cpu().contiguous()}
-        temporary.write_bytes(save(tensors, metadata=meta))
-
-
-def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel | LinearModel:
+def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
     """The model of a run folder, or of one weights file, in evaluation mode on `device`.
 
     Raises `InputFormatError` when the file is missing, damaged or of another kind.
@@ -85,17 +86,22 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> TrainedModel | 
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no dict)
     except SafetensorError as error:
         raise InputFormatError(f"{path}: not a readable safetensors file ({error}). Train again.") from error
-    if meta.get("format") == LINEAR:
-        config = json.loads(meta["config"])
+    if meta.get("format") not in (VAE, LINEAR, BASIS):
+        known = f"{VAE!r}, {LINEAR!r} or {BASIS!r}"
+        raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected {known}.")
+    config, pixel_size_a = json.loads(meta["config"]), float(meta["pixel_size_a"])
+    if meta["format"] == LINEAR:
         on_device = {name: value.to(device) for name, value in tensors.items()}
-        return LinearModel(**on_device, pixel_size_a=float(meta["pixel_size_a"]), **config)
-    if meta.get("format") != VAE:
-        raise InputFormatError(f"{path}: format {meta.get('format')!r}, expected {VAE!r} or {LINEAR!r}.")
-    vae = Vae(VaeConfig(**json.loads(meta["config"])))
+        return LinearModel(**on_device, pixel_size_a=pixel_size_a, **config)
+    if meta["format"] == BASIS:
+        basis = BasisVae(BasisConfig(**config))
+        weights = {name.removeprefix("vae."): v for name, v in tensors.items() if name.startswith("vae.")}
+        basis.load_state_dict(weights)
+        maps, turn = tensors["maps"].to(device), tensors["turn"].to(device)
+        return BasisModel(vae=basis.to(device).eval(), maps=maps, turn=turn, pixel_size_a=pixel_size_a)
+    vae = Vae(VaeConfig(**config))
     vae.load_state_dict(tensors)
-    return TrainedModel(
-        vae=vae.to(device).eval(), scale=float(meta["scale"]), pixel_size_a=float(meta["pixel_size_a"])
-    )
+    return TrainedModel(vae=vae.to(device).eval(), scale=float(meta["scale"]), pixel_size_a=pixel_size_a)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -25,13 +25,16 @@ class Latents:
     """Where each of N particles lies in the latent, as training left it (no unit anywhere).
 
     `particle_id` (N,) uint64 or str; `z` (N, J) and `std` (N, J) float32: posterior mean and standard
-    deviation; `loss` (N,) float32 or None; `held_out` (N,) bool or None.
+    deviation; `loss` (N,) float32 or None; `log_evidence` (N,) and `contrast` (N,) float32, of a subspace
+    run, or None; `held_out` (N,) bool or None.
     """
 
     particle_id: NDArray[Any]
     z: NDArray[np.float32]
     std: NDArray[np.float32] | None = None
     loss: NDArray[np.float32] | None = None
+    log_evidence: NDArray[np.float32] | None = None
+    contrast: NDArray[np.float32] | None = None
     held_out: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
@@ -51,7 +54,7 @@ def read_latents(run: Path) -> Latents:
     InputFormatError
         If the table is missing, empty, lacks a column, repeats an id or holds a z that is not finite.
     """
-    path = Path(run) / "latent.parquet" if Path(run).is_dir() else Path(run)
+    path = _latent_table(run)
     columns = read_columns(path, "train a model with `cryodrgn-pipeline train STACK -o RUN`")
     names = numbered(columns, "z_")
     if "particle_id" not in columns or not names:
@@ -76,9 +79,52 @@ def read_latents(run: Path) -> Latents:
         particle_id=ids,
         z=z,
         std=stacked(columns, std) if std else None,
-        loss=columns["loss"].astype(np.float32) if "loss" in columns else None,
+        **{
+            name: columns[name].astype(np.float32)
+            for name in ("loss", "log_evidence", "contrast")
+            if name in columns
+        },
         held_out=columns["held_out"].astype(bool) if "held_out" in columns else None,
     )
+
+
+def read_covariances(run: Path, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32] | None:
+    """The posterior covariance of particles, from the columns std_j and cov_j_k of RUN/latent.parquet.
+
+    Parameters
+    ----------
+    run
+        A folder that `train` wrote, or its latent.parquet.
+    rows
+        `(R,)` rows of the table; all when None.
+
+    Returns
+    -------
+    covariances
+        `(R, J, J)` float32, no unit; 0 off the diagonal where a run has no cov_j_k. None without std_j.
+    """
+    import pyarrow.parquet as pq
+
+    path = _latent_table(run)
+    names = pq.read_schema(path).names
+    std = numbered(dict.fromkeys(names), "std_")
+    if not std:
+        return None
+    crossed = [found for name in names if (found := re.fullmatch(r"cov_(\d+)_(\d+)", name))]
+    table = pq.read_table(path, columns=[*std, *(found.group(0) for found in crossed)])
+    table = table if rows is None else table.take(rows)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    covariances = np.zeros((len(table), len(std), len(std)), dtype=np.float32)
+    for j, name in enumerate(std):
+        covariances[:, j, j] = columns[name] ** 2
+    for found in crossed:
+        j, k = int(found.group(1)), int(found.group(2))
+        covariances[:, j, k] = covariances[:, k, j] = columns[found.group(0)]
+    return covariances
+
+
+def _latent_table(run: Path) -> Path:
+    return Path(run) / "latent.parquet" if Path(run).is_dir() else Path(run)
 
 
 def read_columns(path: Path, cure: str) -> Columns:

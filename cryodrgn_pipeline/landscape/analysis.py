@@ -22,6 +22,7 @@ from cryodrgn_pipeline.io.runs import (
     write_z,
 )
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.density import LatentRegion, latent_region
 from cryodrgn_pipeline.landscape.embed import (
     UMAP_FEWEST,
     UMAP_FIT_AT_MOST,
@@ -29,7 +30,7 @@ from cryodrgn_pipeline.landscape.embed import (
     principal_components,
     umap_embedding,
 )
-from cryodrgn_pipeline.landscape.outliers import JUNK_THRESHOLD, JunkScores, junk_scores
+from cryodrgn_pipeline.landscape.outliers import JUNK_THRESHOLD, JunkScores, junk_scores, well_fitted_rows
 from cryodrgn_pipeline.landscape.traverse import direct_traversal, graph_traversal, pc_traversal, snap
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,10 @@ class AnalysisSettings:
 def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str, Any]:
     """Analyse RUN/latent.parquet and write RUN/analysis, whole or not at all.
 
-    Written are particles.parquet (particle_id, cluster, junk_score, junk, norm_score, loss_score, pc_1 …,
-    umap_1, umap_2), centers.csv and centers.parquet, traversal_pc1.csv …, traversal_direct.csv,
-    traversal_graph.csv and analysis.json.
+    Written are particles.parquet (particle_id, cluster, junk_score, junk, norm_score, loss_score,
+    evidence_score, pc_1 …, umap_1, umap_2), centers.csv and centers.parquet, traversal_pc1.csv …,
+    traversal_direct.csv, traversal_graph.csv and analysis.json. Points of a path outside the region of
+    particles are listed in analysis.json and said in the log.
 
     Parameters
     ----------
@@ -98,10 +100,11 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
     log.info("%d particles, %d latent dimensions", len(latents), latents.z.shape[1])
     components = principal_components(latents.z)
     centers, labels, rows = kmeans_centers(latents.z, settings.clusters, settings.seed)
-    through = _through(settings.through, centers)
-    junk = junk_scores(latents.z, latents.loss, settings.junk_threshold)
+    region = latent_region(latents.z[well_fitted_rows(latents)], settings.seed)
+    through = _through(settings.through, centers, region)
+    junk = junk_scores(latents.z, latents.loss, settings.junk_threshold, log_evidence=latents.log_evidence)
     umap = _umap(latents, settings)
-    paths = _paths(latents, components, rows, through, settings)
+    paths = _paths(latents, components, region, rows, through, settings)
     summary = {
         "tool": "cryodrgn-pipeline",
         "version": __version__,
@@ -109,17 +112,20 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
         "n_particles": len(latents),
         "latent_dim": latents.z.shape[1],
         "explained_variance_ratio": [round(float(x), 6) for x in components.explained_variance_ratio],
+        "pc_mean": components.mean.tolist(),
+        "pc_components": components.components.tolist(),
         "n_clusters": len(centers),
         "n_junk": int(junk.flagged.sum()),
         "umap": umap is not None,
         "traversal_through": [int(label) for label in through],
         "traversals": sorted(paths),
+        "outside_region": _outside(paths, region),
     }
     with replacing_directory(run / "analysis") as folder:
         keep_foreign_files(run / "analysis", folder, OURS)
         particles = _particle_columns(latents, labels, junk, components, umap)
         write_columns(folder / "particles.parquet", particles)
-        write_columns(folder / "centers.parquet", _center_columns(latents, centers, labels, rows))
+        write_columns(folder / "centers.parquet", _center_columns(latents, region, labels, rows))
         write_z(folder / "centers.csv", centers)
         for name, path in paths.items():
             write_z(folder / f"traversal_{name}.csv", path)
@@ -148,38 +154,61 @@ def _umap(latents: Latents, settings: AnalysisSettings) -> NDArray[np.float32] |
     return umap
 
 
-def _through(wanted: tuple[int, ...] | None, centers: NDArray[np.float32]) -> tuple[int, ...]:
-    """The clusters that the paths connect: those asked for, or the two farthest apart."""
+def _through(
+    wanted: tuple[int, ...] | None, centers: NDArray[np.float32], region: LatentRegion
+) -> tuple[int, ...]:
+    """The clusters that the paths pass: those asked for, or the two farthest apart where particles are.
+
+    It is the densest alone where there are no two.
+    """
     if wanted is not None:
         unknown = [label for label in wanted if not 0 <= label < len(centers)]
         if unknown:
             raise ConfigError(f"--through: no cluster {unknown[0]}; there are 0 to {len(centers) - 1}")
         return wanted
-    if len(centers) < 2:
-        return ()
-    distance = np.linalg.norm(centers[:, None] - centers[None, :], axis=2)
+    inside = np.flatnonzero(region.inside(centers))
+    if len(inside) < 2:
+        return (int(region.density(centers).argmax()),)
+    distance = np.linalg.norm(centers[inside, None] - centers[None, inside], axis=2)
     first, last = np.unravel_index(int(distance.argmax()), distance.shape)
-    return int(first), int(last)
+    return int(inside[first]), int(inside[last])
 
 
 def _paths(
     latents: Latents,
     components: PrincipalComponents,
+    region: LatentRegion,
     rows: NDArray[np.int64],
     through: tuple[int, ...],
     settings: AnalysisSettings,
 ) -> dict[str, NDArray[np.float32]]:
     paths = {}
     for pc in range(1, min(settings.pcs, len(components.components)) + 1):
-        path = pc_traversal(components, pc, settings.points)
+        path = pc_traversal(components, pc, region, settings.points)
         paths[f"pc{pc}"] = snap(path, latents.z)[0] if settings.snap else path
-    if through:
-        anchors = rows[list(through)]
+    anchors = rows[list(through)]
+    if len(anchors) > 1:
         paths["direct"] = direct_traversal(latents.z[anchors], settings.points)
         paths["graph"] = graph_traversal(latents.z, anchors, settings.points, settings.seed)[0]
-    else:  # one cluster only: a path of one point, so that what follows finds its files
-        paths["direct"] = paths["graph"] = latents.z[rows]
+    else:  # a path of one point, so that what follows finds its files
+        paths["direct"] = paths["graph"] = latents.z[anchors]
     return paths
+
+
+def _outside(paths: dict[str, NDArray[np.float32]], region: LatentRegion) -> dict[str, list[int]]:
+    """Per path the points, from 0, at which no particles are."""
+    outside = {}
+    for name, path in sorted(paths.items()):
+        rows = np.flatnonzero(~region.inside(path)).tolist()
+        if rows:
+            outside[name] = rows
+            log.warning(
+                "traversal_%s.csv: %d of %d points lie outside the region of particles",
+                name,
+                len(rows),
+                len(path),
+            )
+    return outside
 
 
 def _particle_columns(
@@ -198,6 +227,8 @@ def _particle_columns(
     }
     if junk.loss_score is not None:
         columns["loss_score"] = junk.loss_score
+    if junk.evidence_score is not None:
+        columns["evidence_score"] = junk.evidence_score
     columns |= {f"pc_{k + 1}": scores for k, scores in enumerate(components.scores.T)}
     if umap is not None:
         columns |= {"umap_1": umap[:, 0], "umap_2": umap[:, 1]}
@@ -205,11 +236,13 @@ def _particle_columns(
 
 
 def _center_columns(
-    latents: Latents, centers: NDArray[np.float32], labels: NDArray[np.int32], rows: NDArray[np.int64]
+    latents: Latents, region: LatentRegion, labels: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> Columns:
+    centers = latents.z[rows]
     columns: Columns = {
-        "cluster": np.arange(len(centers), dtype=np.int32),
+        "cluster": np.arange(len(rows), dtype=np.int32),
         "particle_id": latents.particle_id[rows],
-        "n": np.bincount(labels, minlength=len(centers)).astype(np.int64),
+        "n": np.bincount(labels, minlength=len(rows)).astype(np.int64),
     }
-    return columns | {f"z_{j}": centers[:, j] for j in range(centers.shape[1])}
+    columns |= {f"z_{j}": centers[:, j] for j in range(centers.shape[1])}
+    return columns | {"inside": region.inside(centers), "latent_density": region.density(centers)}

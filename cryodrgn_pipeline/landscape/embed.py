@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.landscape.checks import require_finite
+from cryodrgn_pipeline.landscape.outliers import extreme_rows
 
 UMAP_NEIGHBOURS = 15
 UMAP_FEWEST = 20
 UMAP_FIT_AT_MOST = 200_000
+UMAP_EPOCHS = 200  # what umap itself takes beyond 10,000 particles
 PLACING_NEIGHBOURS = 5
 
 
@@ -32,6 +34,9 @@ class PrincipalComponents:
 def principal_components(z: NDArray[np.floating]) -> PrincipalComponents:
     """All principal components of the latent, each turned so that its largest entry is positive.
 
+    They are those of the particles that are not extreme in |z|: a few far-out ones cannot turn the first
+    component towards themselves. Every particle gets its scores.
+
     Parameters
     ----------
     z
@@ -46,24 +51,23 @@ def principal_components(z: NDArray[np.floating]) -> PrincipalComponents:
 
     require_finite(z)
     points = np.asarray(z, dtype=np.float64)
-    if len(points) == 1 or not np.ptp(points, axis=0).any():  # a collapsed latent has no axes of its own
-        rank = min(points.shape)
-        nothing = np.zeros(rank)
-        return PrincipalComponents(
-            mean=points.mean(axis=0),
-            components=np.eye(rank, points.shape[1]),
-            scores=np.zeros((len(points), rank), dtype=np.float32),
-            explained_variance_ratio=nothing,
-        )
-    model = PCA(svd_solver="full").fit(points)
-    largest = np.abs(model.components_).argmax(axis=1)
-    sign = np.sign(model.components_[np.arange(len(largest)), largest])
-    components = model.components_ * sign[:, None]
+    bulk = points[~extreme_rows(points)]
+    if len(bulk) < min(points.shape):  # too few to give all axes
+        bulk = points
+    if not np.ptp(bulk, axis=0).any():  # a collapsed latent has no axes of its own
+        mean, rank = bulk.mean(axis=0), min(points.shape)
+        components, explained = np.eye(rank, points.shape[1]), np.zeros(rank)
+    else:
+        model = PCA(svd_solver="full").fit(bulk)
+        mean, explained = model.mean_, model.explained_variance_ratio_
+        largest = np.abs(model.components_).argmax(axis=1)
+        sign = np.sign(model.components_[np.arange(len(largest)), largest])
+        components = model.components_ * sign[:, None]
     return PrincipalComponents(
-        mean=model.mean_,
+        mean=mean,
         components=components,
-        scores=((points - model.mean_) @ components.T).astype(np.float32),
-        explained_variance_ratio=model.explained_variance_ratio_,
+        scores=((points - mean) @ components.T).astype(np.float32),
+        explained_variance_ratio=explained,
     )
 
 
@@ -104,14 +108,26 @@ def umap_embedding(
 
 
 def _fit_umap(points: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    from scipy.spatial import cKDTree
+
+    neighbours = min(UMAP_NEIGHBOURS, len(points) - 1)
+    # Exact neighbours from a KD-tree: umap's own search spends most of a minute on compiling itself.
+    distance, neighbour = cKDTree(points).query(points, k=neighbours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # umap warns of optional packages and of its own defaults
         from umap import UMAP
 
-        neighbours = min(UMAP_NEIGHBOURS, len(points) - 1)
-        # A spectral start needs an eigensolver that may not converge on odd graphs; PCA always works.
-        start = "pca" if points.shape[1] >= 2 else "random"
-        model = UMAP(n_neighbors=neighbours, min_dist=0.1, random_state=seed, n_jobs=1, init=start)
+        model = UMAP(
+            n_neighbors=neighbours,
+            n_epochs=UMAP_EPOCHS,
+            min_dist=0.1,
+            random_state=seed,
+            n_jobs=1,
+            # A spectral start needs an eigensolver that may not converge on odd graphs; PCA always works.
+            init="pca" if points.shape[1] >= 2 else "random",
+            precomputed_knn=(neighbour.astype(np.int32), distance.astype(np.float32)),
+            force_approximation_algorithm=True,
+        )
         return np.asarray(model.fit_transform(points), dtype=np.float32)
 
 

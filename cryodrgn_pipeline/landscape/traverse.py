@@ -1,4 +1,7 @@
-"""Paths through the latent: along a principal component, straight between points, or where the data lie."""
+"""Paths through the latent: along a principal component, straight between points, or where the data lie.
+
+Only the straight one may leave the region of particles; `LatentRegion.inside` tells where it does.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.landscape.checks import require_finite
+from cryodrgn_pipeline.landscape.density import LatentRegion
 from cryodrgn_pipeline.landscape.embed import PrincipalComponents
 
 GRAPH_NEIGHBOURS = 10
 GRAPH_AT_MOST = 50_000
 SHORTEST = 1e-12  # a stored zero would be no edge
+FEWEST_AROUND = 20
+NO_SPREAD = 1e-6
 
 
 def pc_traversal(
-    components: PrincipalComponents, pc: int, n: int = 10, percentiles: tuple[float, float] = (5.0, 95.0)
+    components: PrincipalComponents,
+    pc: int,
+    region: LatentRegion,
+    n: int = 10,
+    percentiles: tuple[float, float] = (5.0, 95.0),
 ) -> NDArray[np.float32]:
-    """Points evenly spaced along one principal component, the other components at their mean.
+    """A path along one principal component that stays where particles are.
+
+    Points are evenly spaced along the component; the other coordinates are the mean of the particles with
+    about that score. A point that this puts where no particles are (between two branches, in a gap) is moved
+    to a particle of the denser half of these, near to it and to the point before. Points that fall
+    together are kept once.
 
     Parameters
     ----------
@@ -26,21 +41,51 @@ def pc_traversal(
         Principal components of the latent.
     pc
         Number of the component, 1-based.
+    region
+        Where the latent's particles are.
     n
-        Number of points.
+        Largest number of points.
     percentiles
         Where on the particles' distribution along the component the path starts and ends, in percent.
 
     Returns
     -------
     path
-        `(n, J)` float32 latent points, no unit.
+        `(≤ n, J)` float32 latent points, no unit.
     """
     if not 1 <= pc <= len(components.components):
         raise ValueError(f"component {pc} asked for, there are {len(components.components)}")
+    axis = components.components[pc - 1]
+    points = region.points[region.typical]
+    scores = (points - components.mean) @ axis
     start, end = np.percentile(components.scores[:, pc - 1], percentiles)
-    steps = np.linspace(start, end, n)[:, None]
-    return np.asarray(components.mean + steps * components.components[pc - 1], dtype=np.float32)
+    if end - start <= NO_SPREAD * np.ptp(components.scores):  # an idle coordinate: no path along it
+        start = end = scores.mean()
+        n = 1
+    around = max(FEWEST_AROUND, len(points) // n)
+    path: list[NDArray[np.float64]] = []
+    for score in np.linspace(start, end, n):
+        slab = points[np.argsort(np.abs(scores - score), kind="stable")[:around]]
+        mean = slab.mean(axis=0)
+        point = mean + (score - (mean - components.mean) @ axis) * axis
+        if not region.inside(point[None])[0]:
+            point = _dense_member(slab, point, path[-1] if path else point, region)
+        path.append(point)
+    found = np.asarray(path, dtype=np.float32)
+    return found[np.r_[True, (found[1:] != found[:-1]).any(axis=1)]]
+
+
+def _dense_member(
+    slab: NDArray[np.float64],
+    point: NDArray[np.float64],
+    before: NDArray[np.float64],
+    region: LatentRegion,
+) -> NDArray[np.float64]:
+    """The particle of the denser half of `slab` `(K, J)` nearest to `point` and `before` together."""
+    distance = region.distance(slab)
+    dense = slab[distance <= min(float(np.median(distance)), max(region.limit, float(distance.min())))]
+    way = ((dense - point) ** 2).sum(axis=1) + ((dense - before) ** 2).sum(axis=1)
+    return np.asarray(dense[way.argmin()])
 
 
 def snap(
@@ -66,7 +111,7 @@ def snap(
 
 
 def direct_traversal(anchors: NDArray[np.floating], n: int = 10) -> NDArray[np.float32]:
-    """Straight lines through the anchors, `n` points evenly spaced by length; empty regions are crossed.
+    """Straight lines through the anchors, `n` points evenly spaced by length; empty space is crossed.
 
     Parameters
     ----------

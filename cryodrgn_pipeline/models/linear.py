@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryodrgn_pipeline.fourier.slices import resample_volume
+from cryodrgn_pipeline.models.basis import combined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +39,13 @@ class LinearModel:
         """Box of the maps."""
         return int(self.maps.shape[-1])
 
+    def factors(self, z: Tensor) -> Tensor:
+        """What each map is multiplied by at z: `(B, latent_dim)` → `(B, K)`."""
+        return factors(z[:, : self.components].to(self.maps) / self.spread, self.curved)
+
     def density(self, z: Tensor, box_size_px: int) -> Tensor:
         """The map at z `(latent_dim,)` on a grid of this box with the same field of view: `(d, d, d)`."""
-        weights = factors((z[: self.components].to(self.maps) / self.spread)[None], self.curved)[0]
-        density: Tensor = torch.tensordot(weights, self.maps, dims=1)
-        d = self.box_size_px
-        if box_size_px == d:
-            return density
-        return resample_volume(density, self.pixel_size_a, box_size_px, self.pixel_size_a * d / box_size_px)
+        return combined(self.factors(z[None])[0], self.maps, self.pixel_size_a, box_size_px)
 
 
 def factors(z: Tensor, curved: int) -> Tensor:

@@ -22,6 +22,7 @@ from cryodrgn_pipeline.io.runs import (
     read_z,
     stacked,
 )
+from cryodrgn_pipeline.report.ellipses import Uncertainty, posterior_uncertainty
 from cryodrgn_pipeline.report.montage import Views, read_views
 
 DRAWN_AT_MOST = 24
@@ -55,10 +56,14 @@ class VolumeSet:
     drawn: tuple[int, ...]
     views: tuple[Views, ...]
 
+    def is_outside(self, row: int) -> bool:
+        """Whether a map is known to lie outside the region of particles."""
+        return "inside" in self.table and not self.table["inside"][row]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """The material of one report."""
+    """The material of one report; `uncertainty` is that of an analysed run."""
 
     run: Path
     manifest: dict[str, Any] | None
@@ -67,10 +72,16 @@ class Gathered:
     analysed: Columns | None
     analysis: dict[str, Any] | None
     centers: Columns | None
+    uncertainty: Uncertainty | None
     consensus: Consensus | None
     volumes: tuple[VolumeSet, ...]
     imported: dict[str, Any] | None
     stack: dict[str, Any] | None
+
+    @property
+    def is_subspace(self) -> bool:
+        """Whether the run is that of `train --method subspace`."""
+        return (self.manifest or {}).get("method") == "subspace"
 
 
 def gather(
@@ -105,6 +116,9 @@ def gather(
     if stack is None and manifest and (Path(str(manifest.get("stack"))) / "stack.json").is_file():
         stack = Path(str(manifest["stack"]))
     analysed, analysis, centers = _read_analysis(run, latents)
+    uncertainty = None
+    if latents is not None and analysed is not None and analysis is not None and centers is not None:
+        uncertainty = posterior_uncertainty(run, latents, analysed, analysis, centers)
     return Gathered(
         run=run,
         manifest=manifest,
@@ -113,6 +127,7 @@ def gather(
         analysed=analysed,
         analysis=analysis,
         centers=centers,
+        uncertainty=uncertainty,
         consensus=None if consensus is None else _read_consensus(Path(consensus)),
         volumes=tuple(_read_volumes(Path(folder), run, analysis) for folder in volumes),
         imported=None if import_dir is None else read_json(Path(import_dir) / "import.json"),

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.io.runs import Columns
 from cryodrgn_pipeline.report.collect import Consensus, Gathered, VolumeSet
+from cryodrgn_pipeline.report.ellipses import Uncertainty, ellipse
 from cryodrgn_pipeline.report.montage import Views, difference_colours, difference_range, grey_range
+from cryodrgn_pipeline.report.rows import row_of_centers, shown_rows
 
-DRAWN_POINTS = 50_000
+CONTRAST_BINS = 60
 INK, FAINT = "#22303c", "#8a97a3"
 FSC_LINES = {  # column → what it is, its colour
     "fsc_masked": ("masked", "#1f6feb"),
@@ -38,13 +40,6 @@ def cluster_colours(n: int) -> list[str]:
     from matplotlib.colors import to_hex
 
     return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.06, 0.94, max(n, 1)))]
-
-
-def shown_rows(n: int, seed: int = 0) -> NDArray[np.int64]:
-    """Rows drawn of `n` particles: all, or 50,000 at random (seeded) in source order."""
-    if n <= DRAWN_POINTS:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, size=DRAWN_POINTS, replace=False))
 
 
 def axis_range(values: NDArray[np.floating]) -> tuple[float, float]:
@@ -92,8 +87,10 @@ def write_figures(gathered: Gathered, folder: Path) -> list[str]:
         save("latent_pca.png", _latent_figure(gathered, analysed, "pc_1", up, "PC 1", "PC 2"))
     if analysed is not None and "umap_1" in analysed:
         save("latent_umap.png", _latent_figure(gathered, analysed, "umap_1", "umap_2", "UMAP 1", "UMAP 2"))
+    if gathered.latents is not None and gathered.latents.contrast is not None:
+        save("contrast.png", _contrast_figure(gathered.latents.contrast))
     if gathered.metrics:
-        save("loss.png", _loss_figure(gathered.metrics))
+        save("loss.png", _loss_figure(gathered))
     consensus = gathered.consensus
     if consensus is not None and consensus.fsc is not None:
         save("fsc.png", _fsc_figure(consensus))
@@ -140,29 +137,77 @@ def _latent_figure(
     ax.set_ylim(axis_range(y))
     ax.set_xlabel(x_name)
     ax.set_ylabel(y_name if up is not None else "")
+    if gathered.uncertainty is not None and up is not None and across in gathered.uncertainty.rows:
+        at = row_of_centers(gathered.centers or {}, analysed)
+        _draw_ellipses(ax, gathered.uncertainty, across, up, np.stack([x[at], y[at]], axis=1))
     shown = "" if len(rows) == len(x) else f" ({len(rows):,} shown)"
     ax.set_title(f"{len(x):,} particles{shown}, coloured by cluster", fontsize=10, color=INK, loc="left")
     return figure
 
 
-def row_of_centers(centers: Columns, analysed: Columns) -> NDArray[np.int64]:
-    """Rows of the particle table at which the cluster centres lie."""
-    row = {particle: i for i, particle in enumerate(analysed["particle_id"].tolist())}
-    return np.array([row[particle] for particle in centers["particle_id"].tolist()], dtype=np.int64)
+def _draw_ellipses(
+    ax: Any, uncertainty: Uncertainty, across: str, up: str, centers: NDArray[np.floating]
+) -> None:
+    """The posterior at each cluster centre `(k, 2)` and, in the lower left corner, that of most particles."""
+    from matplotlib.patches import Ellipse
+
+    def add(place: tuple[float, float], covariance: NDArray[np.floating], **look: Any) -> None:
+        width, height, angle_deg = ellipse(uncertainty.in_plane(covariance, across, up))
+        ax.add_patch(Ellipse(place, width, height, angle=angle_deg, edgecolor=INK, **look))
+
+    for place, covariance in zip(centers, uncertainty.centers, strict=True):
+        add((float(place[0]), float(place[1])), covariance, fill=False, linewidth=0.6, alpha=0.7)
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    reach = np.sqrt(np.diag(uncertainty.in_plane(uncertainty.typical, across, up)))
+    corner = (left + 0.02 * (right - left) + reach[0], bottom + 0.02 * (top - bottom) + reach[1])
+    add(corner, uncertainty.typical, facecolor=FAINT, linewidth=0.9, alpha=0.8, zorder=4)
+    ax.annotate(
+        "±1σ of a particle", (corner[0] + reach[0], corner[1]), (4, 0), textcoords="offset points",
+        fontsize=8, color=INK, va="center", zorder=4,
+    )  # fmt: skip
 
 
-def _loss_figure(metrics: Sequence[dict[str, Any]]) -> Any:
-    figure, (left, right) = _canvas(9.0, 3.6, columns=2)
-    left.set_ylabel("reconstruction loss")
-    right.set_ylabel("KL divergence per particle")
-    for ax, names in ((left, RECONSTRUCTION_NAMES), (right, KLD_NAMES)):
-        for (name, label), colour in zip(names.items(), LOSS_COLOURS, strict=True):
-            epochs, values = training_curves(metrics, name)
+def contrast_histogram(contrast: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Particles per bin of contrast, and the bins' edges; the far-out 0.1 % count in the outermost bins."""
+    known = contrast[np.isfinite(contrast)].astype(np.float64)
+    low, high = np.percentile(known, (0.05, 99.95)) if len(known) else (0.0, 2.0)
+    counts, edges = np.histogram(
+        np.clip(known, low, high),
+        bins=CONTRAST_BINS,
+        range=(low, high) if high > low else (low - 0.5, low + 0.5),
+    )
+    return counts.astype(np.int64), edges
+
+
+def _contrast_figure(contrast: NDArray[np.floating]) -> Any:
+    figure, (ax,) = _canvas(6.4, 3.2)
+    counts, edges = contrast_histogram(contrast)
+    ax.stairs(counts, edges, fill=True, color=LOSS_COLOURS[0])
+    ax.set_xlabel("contrast (1: that of the mean map)")
+    ax.set_ylabel("particles")
+    return figure
+
+
+def steps_word(gathered: Gathered) -> str:
+    """What one record of metrics.jsonl is: expectation maximisation has iterations, not epochs."""
+    return "iteration" if gathered.is_subspace else "epoch"
+
+
+def _loss_figure(gathered: Gathered) -> Any:
+    panels = [("reconstruction loss", RECONSTRUCTION_NAMES), ("KL divergence per particle", KLD_NAMES)]
+    curves = [
+        (title, {label: training_curves(gathered.metrics, name) for name, label in names.items()})
+        for title, names in panels
+    ]
+    curves = [(title, lines) for title, lines in curves if any(epochs for epochs, _ in lines.values())]
+    figure, axes = _canvas(4.5 * max(len(curves), 1), 3.6, columns=max(len(curves), 1))
+    for ax, (title, lines) in zip(axes, curves, strict=False):
+        for (label, (epochs, values)), colour in zip(lines.items(), LOSS_COLOURS, strict=True):
             if epochs:
                 ax.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
-        ax.set_xlabel("epoch")
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
+        ax.set_ylabel(title)
+        ax.set_xlabel(steps_word(gathered))
+        ax.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -194,7 +239,10 @@ def _fsc_figure(consensus: Consensus) -> Any:
 def _montage_figure(consensus: Views | None, volumes: VolumeSet | None) -> Any:
     rows: list[tuple[str, Views]] = [] if consensus is None else [("consensus", consensus)]
     if volumes is not None:
-        rows += [(f"vol {row:03d}", view) for row, view in zip(volumes.drawn, volumes.views, strict=True)]
+        rows += [
+            (f"vol {row:03d}" + ("\noutside" if volumes.is_outside(row) else ""), view)
+            for row, view in zip(volumes.drawn, volumes.views, strict=True)
+        ]
     sets = [[view for _, view in rows[:1]]] if consensus is not None else []
     sets += [list(volumes.views)] if volumes is not None else []
     ranges = {id(view): view_ranges(group) for group in sets for view in group}

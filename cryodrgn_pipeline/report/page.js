@@ -58,11 +58,18 @@
   function lossPlot(id, curves, title) {
     draw(id, () => [curves.map((curve, i) => ({ x: curve.x, y: curve.y, name: curve.name, mode: "lines+markers",
       line: { color: lossColours[i], width: 2 }, marker: { size: 5 } })),
-    frame({ xaxis: axis({ title: { text: "epoch" } }), yaxis: axis({ title: { text: title } }) })]);
+    frame({ xaxis: axis({ title: { text: DATA.loss.step } }), yaxis: axis({ title: { text: title } }) })]);
   }
   if (DATA.loss) {
     lossPlot("plot-reconstruction", DATA.loss.reconstruction, "reconstruction loss");
     lossPlot("plot-kld", DATA.loss.kld, "KL divergence per particle");
+  }
+
+  if (DATA.contrast) {
+    draw("plot-contrast", () => [[{ type: "bar", x: DATA.contrast.middles, y: DATA.contrast.counts,
+      marker: { color: lossColours[0] }, hovertemplate: "%{y} particles at %{x:.3f}<extra></extra>" }],
+    frame({ bargap: 0, xaxis: axis({ title: { text: "contrast (1: that of the mean map)" } }),
+      yaxis: axis({ title: { text: "particles" } }) })]);
   }
 
   function nameOf(column) {
@@ -72,7 +79,8 @@
       return `PC ${column.slice(3)}` + (share === undefined ? "" : ` (${(100 * share).toFixed(0)} %)`);
     }
     if (column.startsWith("umap_")) return `UMAP ${column.slice(5)}`;
-    return { cluster: "cluster", junk_score: "outlier score", loss: "reconstruction loss", norm: "|z|" }[column];
+    return { cluster: "cluster", junk_score: "outlier score", loss: "reconstruction loss", norm: "|z|",
+      log_evidence: "log evidence", contrast: "contrast" }[column] || column;
   }
   function within(values, share) {
     const sorted = Float32Array.from(values).filter(Number.isFinite).sort();
@@ -101,31 +109,92 @@
         reversescale: by === "junk_score" ? true : undefined, cmin: low, cmax: high, size, opacity: 0.75,
         showscale: bar, colorbar: { thickness: 10, len: 0.8, title: { text: nameOf(by), side: "right" } } };
     }
+    // Posterior ellipses: covariances come as lower triangles, axes as directions in z.
+    const spread = latent.uncertainty;
+    if (spread && spread.particles) spread.particles = decode(spread.particles);
+    function inPlane(packed, start, x, y) {
+      const a = spread.rows[x], b = spread.rows[y];
+      let xx = 0, xy = 0, yy = 0, at = start;
+      for (let j = 0; j < a.length; j++) {
+        for (let k = 0; k <= j; k++, at++) {
+          const c = packed[at] * (j === k ? 0.5 : 1);
+          xx += 2 * c * a[j] * a[k]; yy += 2 * c * b[j] * b[k]; xy += c * (a[j] * b[k] + a[k] * b[j]);
+        }
+      }
+      return [xx, xy, yy];
+    }
+    function outline([x0, y0], [xx, xy, yy], look) {
+      const sx = Math.sqrt(Math.max(xx, 0)), slant = sx > 0 ? xy / sx : 0;
+      const rest = Math.sqrt(Math.max(yy - slant * slant, 0));
+      const corners = Array.from({ length: 48 }, (_, i) => {
+        const c = Math.cos(Math.PI * i / 24), s = Math.sin(Math.PI * i / 24);
+        return `${x0 + sx * c},${y0 + slant * c + rest * s}`;
+      });
+      return { type: "path", path: `M${corners.join("L")}Z`, ...look };
+    }
+    function ellipses(x, y, [[left, right], [bottom, top]], hovered) {
+      if (!spread || !spread.rows[x] || !spread.rows[y]) return { shapes: [], annotations: [] };
+      const thin = { line: { color: colourOf("--ink"), width: 0.8 }, opacity: 0.7 };
+      const shapes = spread.centers.map((packed, i) => outline([latent.centers[x][i], latent.centers[y][i]],
+        inPlane(packed, 0, x, y), thin));
+      const typical = inPlane(spread.typical, 0, x, y);
+      const sx = Math.sqrt(typical[0]), sy = Math.sqrt(typical[2]);
+      const corner = [left + 0.02 * (right - left) + sx, bottom + 0.02 * (top - bottom) + sy];
+      shapes.push(outline(corner, typical, { line: { color: colourOf("--ink"), width: 1 },
+        fillcolor: colourOf("--soft"), opacity: 0.8 }));
+      if (hovered !== undefined) {
+        const place = [columns[x][hovered], columns[y][hovered]];
+        shapes.push(outline(place, inPlane(spread.particles, hovered * spread.typical.length, x, y),
+          { line: { color: colourOf("--bad"), width: 2 } }));
+      }
+      const annotations = [{ x: corner[0] + sx, y: corner[1], text: "±1σ of a particle", showarrow: false,
+        xanchor: "left", font: { size: 10, color: colourOf("--ink") }, bgcolor: colourOf("--paper"), opacity: 0.85 }];
+      return { shapes, annotations };
+    }
+    function followEllipses(id, axes) {
+      const plot = document.getElementById(id);
+      if (!plot || !spread) return;
+      const redraw = (hovered) => {
+        const ranges = [plot.layout.xaxis.range, plot.layout.yaxis.range];
+        Plotly.relayout(id, ellipses(...axes(), ranges, hovered));
+      };
+      plot.on("plotly_relayout", (change) => {
+        if (Object.keys(change).some((key) => key.includes("axis"))) redraw();
+      });
+      if (!spread.particles) return;
+      plot.on("plotly_hover", ({ points: [point] }) => { if (point.curveNumber === 0) redraw(point.pointNumber); });
+      plot.on("plotly_unhover", () => redraw());
+    }
     const webgl = Boolean(document.createElement("canvas").getContext("webgl"));
     function scatter(x, y, by, bar, drag) {
+      const hoverable = spread && spread.particles && spread.rows[x] && spread.rows[y];
       const points = { type: webgl ? "scattergl" : "scatter", mode: "markers", x: columns[x], y: columns[y], marker: marker(by, bar),
-        hoverinfo: "skip", showlegend: false, unselected: { marker: { opacity: 0.12 } } };
+        hoverinfo: hoverable ? "none" : "skip", showlegend: false, unselected: { marker: { opacity: 0.12 } } };
       const centres = { type: points.type, mode: "markers+text", x: latent.centers[x], y: latent.centers[y],
         text: latent.sizes.map((_, i) => String(i)), textfont: { size: 9, color: "#1c2730" }, showlegend: false,
         marker: { size: 15, color: "rgba(255,255,255,0.88)", line: { color: "#1c2730", width: 1 } },
         customdata: latent.sizes, hovertemplate: "cluster %{text}: %{customdata} particles<extra></extra>",
         selected: { marker: { opacity: 1 } }, unselected: { marker: { opacity: 1 } } };
-      return [[points, centres], frame({ dragmode: drag, margin: { l: 48, r: 12, t: 28, b: 42 },
+      const ranges = [latent.ranges[x], latent.ranges[y]];
+      return [[points, centres], frame({ ...ellipses(x, y, ranges), dragmode: drag, margin: { l: 48, r: 12, t: 28, b: 42 },
         xaxis: axis({ title: { text: nameOf(x) }, range: latent.ranges[x] }),
         yaxis: axis({ title: { text: nameOf(y) }, range: latent.ranges[y] }) })];
     }
     const across = hasUmap ? ["umap_1", "umap_2"] : [first, second];
     draw("plot-glance", () => scatter(across[0], across[1], "cluster", false, "pan"));
+    followEllipses("plot-glance", () => across);
 
     const pick = (id) => document.getElementById(id);
     const fill = (id, names, chosen) => names.forEach((name) => pick(id).add(
       new Option(nameOf(name), name, false, name === chosen)));
-    fill("colour", ["cluster", "junk_score", "loss", "norm"].filter((name) => columns[name]), "cluster");
+    fill("colour", ["cluster", "junk_score", "loss", "log_evidence", "contrast", "norm"].filter((name) => columns[name]), "cluster");
     fill("x1", latent.axes, first); fill("y1", latent.axes, second);
     fill("x2", latent.axes, across[0]); fill("y2", latent.axes, across[1]);
     if (!hasUmap && latent.axes.length > 2) pick("y2").value = latent.axes[2];
     draw("plot-left", () => scatter(pick("x1").value, pick("y1").value, pick("colour").value, false, "lasso"), tools);
     draw("plot-right", () => scatter(pick("x2").value, pick("y2").value, pick("colour").value, true, "lasso"), tools);
+    followEllipses("plot-left", () => [pick("x1").value, pick("y1").value]);
+    followEllipses("plot-right", () => [pick("x2").value, pick("y2").value]);
     document.querySelectorAll(".controls select").forEach((box) => box.addEventListener("change", () => {
       drawings.forEach((again) => again());
     }));

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +15,12 @@ import numpy as np
 from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import replacing, replacing_directory
-from cryodrgn_pipeline.io.runs import Columns, keep_foreign_files
+from cryodrgn_pipeline.io.runs import keep_foreign_files
 from cryodrgn_pipeline.report.chimerax import consensus_script, path_script, states_script
 from cryodrgn_pipeline.report.collect import Gathered, VolumeSet, gather
 from cryodrgn_pipeline.report.figures import (
-    FSC_LINES,
-    KLD_NAMES,
-    RECONSTRUCTION_NAMES,
-    axis_range,
     changes_along,
     cluster_colours,
-    fsc_curves,
-    row_of_centers,
-    shown_rows,
-    training_curves,
     view_ranges,
     write_figures,
 )
@@ -40,6 +30,8 @@ from cryodrgn_pipeline.report.montage import (
     grey_sheet,
     grey_tile,
 )
+from cryodrgn_pipeline.report.plots import plot_data, script_json
+from cryodrgn_pipeline.report.rows import shown_rows
 from cryodrgn_pipeline.report.summary import findings, headlines, verdict_of
 from cryodrgn_pipeline.report.tables import (
     check_rows,
@@ -109,7 +101,7 @@ def render(gathered: Gathered, page: Path, title: str, scripts: dict[str, str], 
     )
     template = environment.from_string((here / "template.html.j2").read_text(encoding="utf-8"))
     check = gathered.consensus.summary.get("convention_check", {}) if gathered.consensus else None
-    data = _plot_data(gathered)
+    data = plot_data(gathered)
     return template.render(
         title=title,
         version=__version__,
@@ -118,8 +110,12 @@ def render(gathered: Gathered, page: Path, title: str, scripts: dict[str, str], 
         style=(here / "style.css").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         code=(here / "page.js").read_text(encoding="utf-8"),
-        data=_script_json(data),
+        data=script_json(data),
         has=set(data),
+        has_kld=bool(data.get("loss", {}).get("kld")),
+        has_ellipses="uncertainty" in data.get("latent", {}),
+        has_hover=bool(data.get("latent", {}).get("uncertainty", {}).get("particles")),
+        is_subspace=gathered.is_subspace,
         headlines=headlines(gathered),
         findings=findings(gathered),
         verdict=None if check is None else verdict_of(check),
@@ -142,70 +138,6 @@ def _verdicts(check: dict[str, Any] | None) -> set[str]:
     return {str(test.get("verdict", "")) for test in (check or {}).get("tests", [])}
 
 
-def _script_json(data: dict[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-
-
-def _floats(values: Any) -> str:
-    """Numbers as base64 of little-endian float32: small on the page, NaN allowed."""
-    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode("ascii")
-
-
-def _plot_data(gathered: Gathered) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    if gathered.consensus is not None and gathered.consensus.fsc is not None:
-        curves = fsc_curves(gathered.consensus.fsc)
-        data["fsc"] = {
-            "curves": [
-                {"name": FSC_LINES[name][0], "x": x.tolist(), "y": y.tolist(), "colour": FSC_LINES[name][1]}
-                for name, (x, y) in curves.items()
-            ],
-            "resolution_a": gathered.consensus.summary.get("resolution_fsc0143_a"),
-        }
-    if gathered.metrics:
-        data["loss"] = {
-            "reconstruction": _curves(gathered, RECONSTRUCTION_NAMES),
-            "kld": _curves(gathered, KLD_NAMES),
-        }
-    if gathered.analysed is not None and gathered.centers is not None and gathered.latents is not None:
-        data["latent"] = _latent_data(gathered, gathered.analysed, gathered.centers)
-    return data
-
-
-def _curves(gathered: Gathered, names: dict[str, str]) -> list[dict[str, Any]]:
-    curves = []
-    for name, label in names.items():
-        epochs, values = training_curves(gathered.metrics, name)
-        if epochs:
-            finite = [value if np.isfinite(value) else None for value in values]
-            curves.append({"name": label, "x": epochs, "y": finite})
-    return curves
-
-
-def _latent_data(gathered: Gathered, analysed: Columns, centers: Columns) -> dict[str, Any]:
-    rows = shown_rows(len(analysed["particle_id"]))
-    names = [name for name in analysed if name.startswith(("pc_", "umap_"))]
-    values = {name: analysed[name] for name in [*names, "cluster", "junk_score"]}
-    if gathered.latents is not None:
-        values["norm"] = np.linalg.norm(gathered.latents.z.astype(np.float64), axis=1)
-        if gathered.latents.loss is not None and np.isfinite(gathered.latents.loss).any():
-            values["loss"] = gathered.latents.loss
-    at = row_of_centers(centers, analysed)
-    summary = gathered.analysis or {}
-    return {
-        "run": str(gathered.run),
-        "axes": names,
-        "ranges": {name: axis_range(analysed[name]) for name in names},
-        "columns": {name: _floats(column[rows]) for name, column in values.items()},
-        "centers": {name: [round(float(x), 5) for x in analysed[name][at]] for name in names},
-        "sizes": [int(n) for n in centers["n"]],
-        "colours": cluster_colours(len(at)),
-        "variance": summary.get("explained_variance_ratio", []),
-        "junk_threshold": summary.get("settings", {}).get("junk_threshold", 5.0),
-    }
-
-
 def _glance(gathered: Gathered) -> dict[str, Any] | None:
     """A few maps along the first path (or of the first set), seen where they differ most."""
     if not gathered.volumes:
@@ -217,7 +149,13 @@ def _glance(gathered: Gathered) -> dict[str, Any] | None:
     axis = int(stack.var(axis=0).sum(axis=(1, 2)).argmax())
     chosen = np.linspace(0, len(stack) - 1, min(GLANCE_MAPS, len(stack))).round().astype(int)
     limits = view_ranges(volumes.views)[1]
-    tiles = [(f"{volumes.drawn[i]:03d}", grey_tile(stack[i, axis], limits)) for i in chosen]
+    tiles = [
+        (
+            f"{volumes.drawn[i]:03d}" + (" (outside)" if volumes.is_outside(volumes.drawn[i]) else ""),
+            grey_tile(stack[i, axis], limits),
+        )
+        for i in chosen
+    ]
     change = None
     if len(stack) > 1 and volumes.is_path:
         last = stack[-1, axis] - stack[0, axis]
@@ -235,7 +173,7 @@ def _set_context(volumes: VolumeSet, gathered: Gathered) -> dict[str, Any]:
     near = particles_near(volumes, gathered)
     counts = [""] * len(volumes.paths) if near is None else [f"{n:,} particles nearest" for n in near[0]]
     sheets = [
-        (volumes.paths[row], counts[row], grey_sheet(view, *ranges))
+        (volumes.paths[row], counts[row], volumes.is_outside(row), grey_sheet(view, *ranges))
         for row, view in zip(volumes.drawn, volumes.views, strict=True)
     ]
     changes = changes_along(volumes) if volumes.is_path else []

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.report.collect import Gathered
-from cryodrgn_pipeline.report.figures import training_curves
+from cryodrgn_pipeline.report.figures import steps_word, training_curves
+from cryodrgn_pipeline.report.headline import Headline
+from cryodrgn_pipeline.report.subspace import components_headline, subspace_findings
 
 # A latent dimension whose posterior means vary less than this holds nothing (Burda et al. 2016, sec. 5.2).
 ACTIVE_VARIANCE = 0.01
@@ -24,16 +25,6 @@ VERDICTS = {
     "not_determinable": ("not determinable", "open", "These images cannot decide it; that is no failure."),
     "not_tested": ("not tested", "open", "The check was switched off."),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Headline:
-    """One number of the first screen: its name, its value, a smaller line below, and a tone for colour."""
-
-    name: str
-    value: str
-    below: str = ""
-    tone: str = ""
 
 
 def verdict_of(check: dict[str, Any]) -> tuple[str, str, str]:
@@ -79,9 +70,12 @@ def headlines(gathered: Gathered) -> list[Headline]:
     if gathered.metrics:
         seconds = manifest.get("training_seconds")
         spent = f"in {duration(seconds)}" if isinstance(seconds, int | float) else ""
-        epochs = str(gathered.metrics[-1]["epoch"])
-        found.append(Headline(name="epochs", value=epochs, below=f"{spent} on {manifest.get('device', '?')}"))
-    if gathered.latents:
+        steps = str(gathered.metrics[-1]["epoch"])
+        below = f"{spent} on {manifest.get('device', '?')}"
+        found.append(Headline(name=f"{steps_word(gathered)}s", value=steps, below=below))
+    if gathered.is_subspace:
+        found.append(components_headline(manifest))
+    elif gathered.latents:
         active = active_dimensions(gathered)
         total = gathered.latents.z.shape[1]
         tone = "bad" if active == 0 else ""
@@ -113,9 +107,26 @@ def findings(gathered: Gathered) -> list[tuple[str, str]]:
         remedies = [remedy_of(test) for test in check.get("tests", []) if test.get("remedy")]
         found += [("bad", f"In config.yaml: {remedy}") for remedy in remedies]
     if gathered.metrics:
-        found.append(training_verdict(gathered.metrics))
+        found += [] if gathered.is_subspace else [training_verdict(gathered.metrics)]
+    if gathered.is_subspace:
+        found += subspace_findings(gathered.manifest or {}, gathered.metrics)
     if gathered.latents is not None:
         found += _latent_findings(gathered)
+    return found + _outside_findings(gathered)
+
+
+def _outside_findings(gathered: Gathered) -> list[tuple[str, str]]:
+    found = []
+    for volumes in gathered.volumes:
+        n = sum(volumes.is_outside(row) for row in range(len(volumes.paths)))
+        if n:
+            found.append(
+                (
+                    "open",
+                    f"Volumes: {n} of {len(volumes.paths)} maps of “{volumes.title}” lie outside the region "
+                    "of particles: the model drew them without data. They are marked.",
+                )
+            )
     return found
 
 
@@ -150,7 +161,9 @@ def training_verdict(metrics: Sequence[dict[str, Any]]) -> tuple[str, str]:
 def _latent_findings(gathered: Gathered) -> list[tuple[str, str]]:
     found = []
     active, total = active_dimensions(gathered), gathered.latents.z.shape[1] if gathered.latents else 0
-    if active == 0:
+    if gathered.is_subspace:
+        pass  # its number of components is said with the evidence for it
+    elif active == 0:
         found.append(("bad", "Latent: collapsed; every particle has the same z, so all volumes are alike."))
     elif active < total:
         found.append(
@@ -165,9 +178,11 @@ def _latent_findings(gathered: Gathered) -> list[tuple[str, str]]:
         n_junk, n = analysis.get("n_junk", 0), analysis.get("n_particles", 1)
         limit = analysis.get("settings", {}).get("junk_threshold", 5)
         tone = "open" if n_junk > 0.05 * n else ""
+        evidence = gathered.latents is not None and gathered.latents.log_evidence is not None
         sentence = (
-            f"Outliers: {n_junk:,} of {n:,} particles ({100 * n_junk / n:.1f} %) have a loss or |z| more "
-            f"than {limit:g} robust standard deviations above the median. Look at them first."
+            f"Outliers: {n_junk:,} of {n:,} particles ({100 * n_junk / n:.1f} %) have a "
+            f"{'low evidence or a ' if evidence else ''}high loss or |z|, more than {limit:g} robust "
+            f"standard deviations from the median.{' Look at them first.' if n_junk else ''}"
         )
         found.append((tone, sentence))
     return found

@@ -16,6 +16,7 @@ from cryodrgn_pipeline.report.collect import Gathered, VolumeSet
 from cryodrgn_pipeline.report.summary import remedy_of
 
 LONGEST_VALUE = 400
+EXTRA_HEADS = {"inside": "where particles are", "latent_density": "density of particles (median: 1)"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,15 @@ def volume_table(volumes: VolumeSet, nearest: tuple[NDArray[np.int64], NDArray[n
         row = [path, *(f"{value:.3f}" for value in volumes.z[i])]
         if nearest is not None:
             row += [f"{nearest[0][i]:,}", f"{nearest[1][i]:.3f}"]
-        rows.append((*row, *(_text(volumes.table[name][i].item()) for name in extra)))
-    return Table(heads=(*heads, *extra), rows=tuple(rows))
+        rows.append((*row, *(_cell(volumes.table[name][i].item()) for name in extra)))
+    named = [EXTRA_HEADS.get(name, name) for name in extra]
+    return Table(heads=(*heads, *named), rows=tuple(rows))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
 def particles_near(

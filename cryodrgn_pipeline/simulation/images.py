@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.particles import Ctf, Optics
-from cryodrgn_pipeline.simulation.phantom import Phantom
+
+LARGEST_FACTOR = 2**24  # numbers held at once per axis of a batch: images x atoms x frequencies
 
 
 def frequencies(box_size_px: int) -> tuple[Tensor, Tensor]:
@@ -48,23 +49,40 @@ def slices(
     ky, kx = frequencies(box_size_px)
     at_px = position_a / pixel_size_a[:, None, None]
     sigma_px = sigma_a / pixel_size_a
-    rows = _axis_factor(at_px[..., 1], ky, box_size_px, sigma_px)
-    columns = _axis_factor(at_px[..., 0], kx, box_size_px, sigma_px) * weight[..., None]
     inside = ky[:, None] ** 2 + kx**2 < (box_size_px / 2) ** 2
-    return torch.matmul(rows.transpose(1, 2), columns) * inside
+    summed = []
+    at_once = max(1, LARGEST_FACTOR // (weight.shape[1] * box_size_px))
+    parts = (torch.split(each, at_once) for each in (at_px, sigma_px, weight))
+    for at, sigma, mass in zip(*parts, strict=True):
+        rows = _axis_factor(at[..., 1], ky, box_size_px, sigma)
+        columns = _axis_factor(at[..., 0], kx, box_size_px, sigma) * mass[..., None]
+        summed.append(torch.matmul(rows.transpose(1, 2), columns))
+    return torch.cat(summed) * inside
 
 
 def volume(
-    phantom: Phantom, motion: float, occupancy: float, *, box_size_px: int, pixel_size_a: float
+    position_a: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    *,
+    sigma_a: float,
+    box_size_px: int,
+    pixel_size_a: float,
 ) -> NDArray[np.float32]:
-    """The density of one state, band-limited: `(D, D, D)` float32, indexed [z, y, x]."""
+    """The density of atoms, band-limited: `(D, D, D)` float32, indexed [z, y, x].
+
+    Parameters
+    ----------
+    position_a, weight
+        `(A, 3)` in Å from the box centre, and `(A,)`.
+    sigma_a
+        Standard deviation of an atom in Å.
+    """
     d = box_size_px
-    position, weight = phantom.states(np.array([motion]), np.array([occupancy]))
-    at_px = torch.from_numpy(position[0] / pixel_size_a).float()
-    sigma_px = torch.tensor(phantom.sigma_a / pixel_size_a)
+    at_px = torch.from_numpy(position_a / pixel_size_a).float()
+    sigma_px = torch.tensor(sigma_a / pixel_size_a)
     k, kx = frequencies(d)
     z, y = (_axis_factor(at_px[:, axis], k, d, sigma_px) for axis in (2, 1))
-    x = _axis_factor(at_px[:, 0], kx, d, sigma_px) * torch.from_numpy(weight[0]).float()[:, None]
+    x = _axis_factor(at_px[:, 0], kx, d, sigma_px) * torch.from_numpy(weight).float()[:, None]
     spectrum = torch.empty(d, d, d // 2 + 1, dtype=torch.complex64)
     for plane in range(d):
         inside = k[plane] ** 2 + k[:, None] ** 2 + kx**2 < (d / 2) ** 2

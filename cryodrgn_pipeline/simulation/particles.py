@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_pipeline.particles import Ctf, ImageRef, Optics, ParticleSet, Poses
+from cryodrgn_pipeline.simulation.assembly import MOST_SPECIES
 from cryodrgn_pipeline.simulation.phantom import MOTIONS
 
 Array = NDArray[np.float64]
@@ -33,6 +34,9 @@ class Settings:
     snr: float = 0.2
     seed: int = 0
     structure_seed: int = 0
+    structure: str | None = None
+    hinge_chain: str | None = None
+    absent_chain: str | None = None
     motion: str = "hinge"
     motion_range: float = 90.0
     occupancy: float = 0.6
@@ -55,6 +59,7 @@ class Settings:
     pixel_size_spread: float = 0.0
     stacks: int = 2
     states: int = 21
+    species: int = 0
     dark_on_light: bool = False
 
     def __post_init__(self) -> None:
@@ -74,10 +79,17 @@ class Settings:
             "optics_groups": self.optics_groups >= 1,
             "stacks": self.stacks >= 1,
             "states": self.states >= 2,
+            "species": self.species in (0, *range(2, MOST_SPECIES + 1)),
         }
         for name, good in checks.items():
             if not good:
                 raise ValueError(f"{name.replace('_', '-')} cannot be {getattr(self, name)}")
+        if self.structure is not None and (self.particle_diameter_a or self.atoms):
+            raise ValueError("a structure has its own size: leave the particle diameter away")
+        if self.structure is not None and self.species:
+            raise ValueError("species are made up: leave the structure away")
+        if self.structure is None and (self.hinge_chain or self.absent_chain):
+            raise ValueError("chains are those of a structure: name a PDB file as well")
 
     @property
     def diameter_a(self) -> float:
@@ -100,8 +112,8 @@ class SimulatedParticles:
     """N particles in the order of their tables.
 
     `reported` is what the tables say; `poses` the truth; `motion` `(N,)` in 0…1; `occupancy` `(N,)` 0 or 1;
-    `contrast` `(N,)`; `junk` `(N,)`; `uid` `(N,)` uint64; `written` `(N,)` is each particle's place in the
-    order in which the images are written.
+    `contrast` `(N,)`; `junk` `(N,)`; `species` `(N,)` from 0; `uid` `(N,)` uint64; `written` `(N,)` is each
+    particle's place in the order in which the images are written.
     """
 
     reported: ParticleSet
@@ -112,6 +124,7 @@ class SimulatedParticles:
     junk: NDArray[np.bool_]
     uid: NDArray[np.uint64]
     written: NDArray[np.int64]
+    species: NDArray[np.int64]
 
 
 def viewing_rotations(count: int, rng: np.random.Generator, *, preferred: bool) -> Array:
@@ -209,6 +222,7 @@ def draw_particles(settings: Settings) -> SimulatedParticles:
         junk=rng.uniform(size=n) < settings.junk,
         uid=_unique_ids(n, rng),
         written=order,
+        species=rng.integers(max(1, settings.species), size=n),
     )
 
 

@@ -17,7 +17,7 @@ from cryodrgn_pipeline.errors import ConfigError
 Array = NDArray[np.float64]
 
 MOTIONS = ("hinge", "twist", "slide", "none")
-BODY, ARM, SUBUNIT = 0, 1, 2
+BODY, ARM, SUBUNIT, ARM_SUBUNIT = 0, 1, 2, 3  # the last moves, and comes and goes
 
 # Ellipsoids (centre, radii, share of the atoms) in units of the final scale: chosen by hand so that no two
 # domains look alike, and so that they do not lie in one plane.
@@ -43,8 +43,9 @@ class Phantom:
     """`A` Gaussian atoms of one width, and how they move.
 
     `position_a` `(A, 3)` in Å from the box centre, at the middle of the motion; `weight` `(A,)`;
-    `domain` `(A,)` (BODY, ARM or SUBUNIT); `sigma_a` in Å; `motion` one of `MOTIONS`; `motion_range`
-    in degrees (hinge, twist) or Å (slide); `pivot_a` `(3,)` in Å; `axis` `(3,)` of unit length.
+    `domain` `(A,)` (BODY, ARM, SUBUNIT or ARM_SUBUNIT); `sigma_a` in Å; `motion` one of `MOTIONS`;
+    `motion_range` in degrees (hinge, twist) or Å (slide); `pivot_a` `(3,)` in Å; `axis` `(3,)` of unit
+    length.
     """
 
     position_a: Array
@@ -61,18 +62,25 @@ class Phantom:
 
         `motion` `(B,)` runs from 0 to 1 over the range; `occupancy` `(B,)` scales the subunit.
         """
-        weight = np.where(self.domain == SUBUNIT, occupancy[:, None], 1.0) * self.weight
+        weight = np.where(np.isin(self.domain, (SUBUNIT, ARM_SUBUNIT)), occupancy[:, None], 1.0) * self.weight
         position = np.repeat(self.position_a[None], len(motion), axis=0)
         if self.motion == "none":
             return position, weight
         amount = (motion - 0.5) * self.motion_range
-        arm = self.domain == ARM
+        arm = np.isin(self.domain, (ARM, ARM_SUBUNIT))
         if self.motion == "slide":
             position[:, arm] += amount[:, None, None] * self.axis
         else:
             turn = Rotation.from_rotvec(np.deg2rad(amount)[:, None] * self.axis).as_matrix()
             position[:, arm] = np.einsum("bij,aj->bai", turn, position[0, arm] - self.pivot_a) + self.pivot_a
         return position, weight
+
+
+def ellipsoid(centre: Array, radii: Array, count: int, rng: np.random.Generator) -> Array:
+    """Points `(count, 3)` spread evenly within an ellipsoid along the axes."""
+    ball = rng.normal(size=(count, 3))
+    ball *= rng.uniform(size=(count, 1)) ** (1 / 3) / np.linalg.norm(ball, axis=1, keepdims=True)
+    return np.asarray(centre + ball * radii, dtype=np.float64)
 
 
 def make_phantom(
@@ -106,9 +114,7 @@ def make_phantom(
     for domain, ellipsoids in DOMAINS.items():
         for centre, radii, share in ellipsoids:
             count = max(4, round(share * atoms))
-            ball = rng.normal(size=(count, 3))
-            ball *= rng.uniform(size=(count, 1)) ** (1 / 3) / np.linalg.norm(ball, axis=1, keepdims=True)
-            positions.append(np.array(centre) + ball * np.array(radii))
+            positions.append(ellipsoid(np.array(centre), np.array(radii), count, rng))
             domains.append(np.full(count, domain))
     position, domain_of = np.concatenate(positions), np.concatenate(domains)
     centre_of_mass = position.mean(axis=0)

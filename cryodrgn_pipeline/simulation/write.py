@@ -127,6 +127,13 @@ def _save_cs(path: Path, columns: dict[str, tuple[str, Any]]) -> None:
         np.lib.format.write_array(out, table, allow_pickle=False)
 
 
+def truth_columns(particles: SimulatedParticles, settings: Settings) -> dict[str, Any]:
+    """The true coordinates of the particles by name, each `(N,)`."""
+    if settings.species:
+        return {"species": particles.species}
+    return {"motion": particles.motion, "occupancy": particles.occupancy}
+
+
 def write_truth(path: Path, particles: SimulatedParticles, settings: Settings) -> None:
     """Write truth.parquet: one row per particle, in table order, with both of its ids."""
     import pandas as pd
@@ -135,8 +142,7 @@ def write_truth(path: Path, particles: SimulatedParticles, settings: Settings) -
     columns: dict[str, Any] = {
         "particle_id": reported.particle_id.astype(str),
         "uid": particles.uid,
-        "motion": particles.motion,
-        "occupancy": particles.occupancy,
+        **truth_columns(particles, settings),
         "contrast": particles.contrast,
         "junk": particles.junk,
         "shift_x_a": particles.poses.shift_a[:, 0],
@@ -145,7 +151,7 @@ def write_truth(path: Path, particles: SimulatedParticles, settings: Settings) -
         "defocus_v_a": reported.ctf.defocus_v_a,
         "defocus_angle_deg": reported.ctf.defocus_angle_deg,
     }
-    if settings.motion in ("hinge", "twist"):
+    if not settings.species and settings.motion in ("hinge", "twist"):
         columns["motion_deg"] = (particles.motion - 0.5) * settings.motion_range
     for i in range(3):
         for j in range(3):
@@ -154,7 +160,7 @@ def write_truth(path: Path, particles: SimulatedParticles, settings: Settings) -
         pd.DataFrame(columns).to_parquet(temporary, index=False)
 
 
-def write_description(path: Path, settings: Settings, measured: dict[str, float]) -> None:
+def write_description(path: Path, settings: Settings, measured: dict[str, float | str]) -> None:
     """Write simulate.json: every setting, and what was measured while the set was made."""
     from cryodrgn_pipeline import __version__
     from cryodrgn_pipeline.io.atomic import write_json

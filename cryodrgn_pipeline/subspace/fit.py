@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
@@ -29,15 +30,17 @@ log = logging.getLogger(__name__)
 COARSEST_PX = 16
 FINEST_PX = 64  # coordinates are learnt up to here; finer maps are made with what they then are
 FIRST_SCALE_SPREAD = 0.1
-SMALLEST_SCALE_SPREAD = 0.01
-KEEP_ABOVE_SE = 2.0
+SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
+KEEP_ABOVE_SE = 3.0
+IMAGES_PER_COMPONENT = 50  # fewer say nothing about it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubspaceSettings:
     """`max_components` are tried, those that held-out images support are kept; iterations per level are
     those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
-    `component_prior` is the power of a component, per shell, as a share of the mean map's.
+    `component_prior` is the power of a component, per shell, as a share of the mean map's. `keep` "all" keeps
+    every component where any is supported.
     """
 
     max_components: int = 8
@@ -46,6 +49,7 @@ class SubspaceSettings:
     fine_iterations: int = 2
     cg_iterations: int = 4
     component_prior: float = 0.6
+    keep: str = "supported"
     held_out_fraction: float = 0.1
     contrast: bool = True
     white_noise: bool = False
@@ -65,13 +69,17 @@ class LevelState:
 
 @dataclass(slots=True)
 class Fit:
-    """What EM leaves: the posterior of all N rows at the finest level, the level itself, and the log."""
+    """What EM leaves: the posterior of all N rows at the finest level, the level itself, and the log.
+
+    `gains` of held-out log evidence with 1 … J components, and how many components they support.
+    """
 
     posterior: Posterior
     level: LevelState
     scale_spread: float
     history: list[dict[str, float]] = field(default_factory=list)
     gains: list[tuple[float, float]] = field(default_factory=list)
+    supported: int = 0
 
 
 def levels_of(box_size_px: int) -> list[int]:
@@ -147,9 +155,12 @@ def fit_subspace(
     if len(rows) == 0:
         raise ValueError("no particles to learn from")
     rng = torch.Generator().manual_seed(settings.seed)
-    n, j = len(rows), settings.max_components
-    held_out = torch.zeros(n, dtype=torch.bool)
-    held_out[torch.randperm(n, generator=rng)[: int(settings.held_out_fraction * n)]] = True
+    n = len(rows)
+    j = min(settings.max_components, n // IMAGES_PER_COMPONENT)
+    _, kept_out = split_held_out(
+        rows, stack.particles.particle_id[rows], settings.held_out_fraction, settings.seed
+    )
+    held_out = torch.from_numpy(np.isin(rows, kept_out))
     where = Posterior(
         z=torch.randn(n, j, generator=rng, dtype=torch.float64),
         covariance=torch.zeros(n, j, j, dtype=torch.float64),
@@ -159,9 +170,9 @@ def fit_subspace(
         loss=torch.ones(n, dtype=torch.float64),
     )
     spread = 0.0
-    fit: Fit | None = None
     history: list[dict[str, float]] = []
     gains: list[tuple[float, float]] = []
+    supported = j
     for number, level_px in enumerate(levels_of(stack.box_size_px)):
         used = ~where.is_noise
         state = start_level(stack, rows, level_px, used & ~held_out if number == 0 else used, settings)
@@ -180,18 +191,27 @@ def fit_subspace(
                 where.covariance.zero_()
             where, state.maps = whitened(where, state.maps, learnt)
             if spread:
+                where = where.rescaled()
                 good = ~where.is_noise
                 moment = (where.scale[good] - 1) ** 2 + where.scale_variance[good]
-                spread = max(float(moment.mean()) ** 0.5, SMALLEST_SCALE_SPREAD)
+                spread = min(max(float(moment.mean()) ** 0.5, SMALLEST_SCALE_SPREAD), LARGEST_SCALE_SPREAD)
             history.append(summary(level_px, iteration, where, spread))
             report(_line(history[-1]))
         if number == 0:
             products = all_inner_products(state.images, state.lattice, state.maps, settings)
-            kept, gains = supported_components(products, state.images.coefficients, spread, held_out)
+            supported, gains = supported_components(products, state.images.coefficients, spread, held_out)
+            report(f"{supported} of {j} components are supported by held-out images")
+            kept = j if supported and settings.keep == "all" else supported
             where = _first(where, kept)
             state.maps = state.maps[: kept + 1]
-            report(f"{kept} of {j} components are supported by held-out images")
-        fit = Fit(posterior=where, level=state, scale_spread=spread, history=history, gains=gains)
+        fit = Fit(
+            posterior=where,
+            level=state,
+            scale_spread=spread,
+            history=history,
+            gains=gains,
+            supported=supported,
+        )
     assert fit is not None
     return fit
 
@@ -209,8 +229,7 @@ def solve_components(
     linear, second = linear * learnt[:, None], second * learnt[:, None, None]
     level_px, j = state.lattice.box_size_px, where.z.shape[1]
     right, normal = accumulate(state.images, level_px, linear, second, settings)
-    share = torch.cat([torch.ones(1), torch.full((j,), settings.component_prior)]).double()
-    prior = share[:, None] * state.mean_power
+    prior = component_shares(j, settings)[:, None] * state.mean_power
     return solve(
         state.lattice,
         right,
@@ -220,6 +239,11 @@ def solve_components(
         iterations=settings.cg_iterations,
         kernel=settings.kernel,
     )
+
+
+def component_shares(components: int, settings: SubspaceSettings) -> Tensor:
+    """Prior power of the mean and of each component, as a share of the mean map's: `(J+1,)` float64."""
+    return torch.cat([torch.ones(1), torch.full((components,), settings.component_prior)]).double()
 
 
 def whitened(where: Posterior, maps: Tensor, counted: Tensor) -> tuple[Posterior, Tensor]:
@@ -237,14 +261,7 @@ def whitened(where: Posterior, maps: Tensor, counted: Tensor) -> tuple[Posterior
     _, turn = torch.linalg.eigh(components @ components.T)
     turn = turn.flip(1)
     components = turn.T @ components
-    moved = Posterior(
-        z=where.z - mean,
-        covariance=where.covariance,
-        scale=where.scale,
-        scale_variance=where.scale_variance,
-        evidence=where.evidence,
-        loss=where.loss,
-    )
+    moved = replace(where, z=where.z - mean)
     volumes = torch.cat([centre[None], components.reshape(-1, *centre.shape)]).to(maps)
     return moved.turned((vectors / root) @ turn), volumes
 
@@ -282,14 +299,8 @@ def _leading(products: InnerProducts, components: int) -> InnerProducts:
 
 
 def _first(where: Posterior, components: int) -> Posterior:
-    return Posterior(
-        z=where.z[:, :components],
-        covariance=where.covariance[:, :components, :components],
-        scale=where.scale,
-        scale_variance=where.scale_variance,
-        evidence=where.evidence,
-        loss=where.loss,
-    )
+    covariance = where.covariance[:, :components, :components]
+    return replace(where, z=where.z[:, :components], covariance=covariance)
 
 
 def summary(level_px: int, iteration: int, where: Posterior, scale_spread: float) -> dict[str, float]:

@@ -7,10 +7,19 @@ import logging
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
 from cryodrgn_pipeline.models.linear import LinearModel, factors
 from cryodrgn_pipeline.stack import Stack
-from cryodrgn_pipeline.subspace.fit import Fit, SubspaceSettings, accumulate, start_level
+from cryodrgn_pipeline.subspace.basis import BasisLatents
+from cryodrgn_pipeline.subspace.fit import (
+    Fit,
+    SubspaceSettings,
+    accumulate,
+    component_shares,
+    start_level,
+)
 from cryodrgn_pipeline.subspace.solve import solve
 
 log = logging.getLogger(__name__)
@@ -20,7 +29,9 @@ CURVED_PRIOR = 0.05  # power of the maps of squares and products, as a share of 
 BUDGET_BYTES = 6 * 2**30
 
 
-def final_model(stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: SubspaceSettings) -> LinearModel:
+def linear_model(
+    stack: Stack, rows: NDArray[np.int64], fit: Fit, latent_dim: int, settings: SubspaceSettings
+) -> LinearModel:
     """Mean, components and the maps of squares and products, regressed on the images' coordinates.
 
     Coordinates are taken at their posterior means, which is where volumes will be drawn. Their spreads stand
@@ -30,33 +41,85 @@ def final_model(stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: Subsp
     """
     where, d = fit.posterior, stack.box_size_px
     kept = where.z.shape[1]
-    used = ~where.is_noise
     exact = settings.cg_iterations + 1
     for curved, iterations in ((min(CURVED, kept), exact), (0, exact), (0, 0)):
-        if required_bytes(d, 1 + kept + curved * (curved + 1) // 2, iterations) <= BUDGET_BYTES:
+        products = curved * (curved + 1) // 2
+        if required_bytes(d, 1 + kept + products, iterations) <= BUDGET_BYTES:
             break
     log.info("maps at %d px: %d components, %d of them curved", d, kept, curved)
-    state = fit.level
-    if state.lattice.box_size_px != d:
-        state = start_level(stack, rows, d, used, settings)
-    linear = factors(where.z, curved)
-    second = linear[:, :, None] * linear[:, None] * (where.scale**2 + where.scale_variance)[:, None, None]
-    linear = linear * where.scale[:, None]
-    linear, second = linear * used[:, None], second * used[:, None, None]
-    right, normal = accumulate(state.images, d, linear, second, settings)
-    share = torch.full((linear.shape[1],), CURVED_PRIOR, dtype=torch.float64)
-    share[0], share[1 : 1 + kept] = 1.0, settings.component_prior
-    prior = share[:, None] * state.mean_power
-    maps = solve(state.lattice, right, normal, prior, iterations=iterations, kernel=settings.kernel)
-    maps = maps * state.lattice.mask
+    shares = torch.cat([component_shares(kept, settings), torch.full((products,), CURVED_PRIOR).double()])
+    maps = regressed_maps(stack, rows, fit, factors(where.z, curved), shares, iterations, settings)
     powers = maps[1 : 1 + kept].flatten(1).norm(dim=1)
     return LinearModel(
         maps=maps,
         spread=powers / powers.max() if kept else powers,
-        latent_dim=settings.max_components,
+        latent_dim=latent_dim,
         curved=curved,
         pixel_size_a=stack.pixel_size_a,
     )
+
+
+def basis_model(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    fit: Fit,
+    vae: BasisVae,
+    latents: BasisLatents,
+    settings: SubspaceSettings,
+) -> BasisModel:
+    """The network with maps at the stack's box, regressed on the factors at each image's z.
+
+    The factors are turned to their principal axes; at boxes whose normal equations would take more than
+    6 GiB the weakest are left out, then the exact solve.
+    """
+    d, iterations = stack.box_size_px, settings.cg_iterations + 1
+    good = ~fit.posterior.is_noise
+    moving = latents.factors[good, 1:].double()
+    mean = moving.mean(0)
+    _, spread, axes = torch.linalg.svd(moving - mean, full_matrices=False)
+    spread = spread / len(moving) ** 0.5
+    rank = max(1, int((spread > 1e-3 * spread[0]).sum()))
+    while rank > 4 and required_bytes(d, 1 + rank, iterations) > BUDGET_BYTES:
+        rank -= 1
+    if required_bytes(d, 1 + rank, iterations) > BUDGET_BYTES:
+        iterations = 0
+    log.info("maps at %d px: the mean and %d of %d factors", d, rank, len(mean))
+    turn = torch.zeros(1 + len(mean), 1 + rank, dtype=torch.float64)
+    turn[0, 0] = 1
+    turn[1:, 1:] = axes[:rank].T / spread[:rank]
+    turn[0, 1:] = -mean @ turn[1:, 1:]
+    shares = torch.cat([torch.ones(1).double(), settings.component_prior * (spread[:rank] / spread[0]) ** 2])
+    maps = regressed_maps(stack, rows, fit, latents.factors.double() @ turn, shares, iterations, settings)
+    return BasisModel(vae=vae, maps=maps, turn=turn.float(), pixel_size_a=stack.pixel_size_a)
+
+
+def regressed_maps(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    fit: Fit,
+    weights: Tensor,
+    shares: Tensor,
+    iterations: int,
+    settings: SubspaceSettings,
+) -> Tensor:
+    """Maps `(K, D, D, D)` at the stack's box, masked, from images with weights `(N, K)` on each.
+
+    Parameters
+    ----------
+    shares
+        `(K,)` prior power of each map as a share of the mean map's.
+    """
+    where, d = fit.posterior, stack.box_size_px
+    used = ~where.is_noise
+    state = fit.level
+    if state.lattice.box_size_px != d:
+        state = fit.level = start_level(stack, rows, d, used, settings)
+    squared = (where.scale**2 + where.scale_variance) * used
+    second = weights[:, :, None] * weights[:, None] * squared[:, None, None]
+    right, normal = accumulate(state.images, d, weights * (where.scale * used)[:, None], second, settings)
+    prior = shares[:, None] * state.mean_power
+    maps = solve(state.lattice, right, normal, prior, iterations=iterations, kernel=settings.kernel)
+    return maps * state.lattice.mask
 
 
 def required_bytes(box_size_px: int, maps: int, iterations: int) -> int:

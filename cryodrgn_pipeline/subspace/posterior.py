@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,16 +40,14 @@ class Posterior:
         """The posteriors of several chunks as one."""
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
 
+    def rescaled(self) -> Posterior:
+        """With contrasts of mean 1 over the images that show the particle: the maps take up the rest."""
+        mean = self.scale[~self.is_noise].mean()
+        return replace(self, scale=self.scale / mean, scale_variance=self.scale_variance / mean**2)
+
     def turned(self, turn: Tensor) -> Posterior:
         """In the coordinates z' = z @ `turn` `(J, J)`."""
-        return Posterior(
-            z=self.z @ turn,
-            covariance=turn.T @ self.covariance @ turn,
-            scale=self.scale,
-            scale_variance=self.scale_variance,
-            evidence=self.evidence,
-            loss=self.loss,
-        )
+        return replace(self, z=self.z @ turn, covariance=turn.T @ self.covariance @ turn)
 
     def factors(self, *, points_only: bool = False) -> tuple[Tensor, Tensor]:
         """E[a] `(N, J+1)` and E[a aᵀ] `(N, J+1, J+1)` of the factors a = scale · (1, z)."""

@@ -1,4 +1,4 @@
-"""`train --method subspace`: from a stack to a run folder with a linear model."""
+"""From a stack to a run folder with a linear subspace, or with the nonlinear model in its span."""
 
 from __future__ import annotations
 
@@ -12,35 +12,61 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import replacing, write_json
-from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_linear_model
+from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
-from cryodrgn_pipeline.stack import stack_rows
-from cryodrgn_pipeline.subspace.fit import SubspaceSettings, fit_subspace
-from cryodrgn_pipeline.subspace.maps import final_model
-from cryodrgn_pipeline.subspace.posterior import Posterior
+from cryodrgn_pipeline.stack import Stack, stack_rows
+from cryodrgn_pipeline.subspace.basis import train_basis
+from cryodrgn_pipeline.subspace.fit import Fit, SubspaceSettings, fit_subspace
+from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
 
+BASIS_COMPONENTS = 12  # of the subspace that the nonlinear model moves in
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubspaceRequest:
-    """A stack, the rows of it to use, the recipe, and threads (None: all)."""
+    """A stack, the rows of it to use, how many coordinates, and threads (None: all).
+
+    `nonlinear`: go on to the network in the span of the maps; `held_out_fraction` of the particles then only
+    measure.
+    """
 
     stack: Path
     run: Path
     subset: Path | None
-    settings: SubspaceSettings
+    latent_dim: int
+    nonlinear: bool
+    held_out_fraction: float = 0.05
+    seed: int = 0
     threads: int | None = None
+
+    def settings(self) -> SubspaceSettings:
+        """The recipe of the linear fit."""
+        if self.nonlinear:
+            return SubspaceSettings(max_components=BASIS_COMPONENTS, keep="all", seed=self.seed)
+        return SubspaceSettings(max_components=self.latent_dim, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """A model with the columns of its latent table."""
+
+    model: LinearModel | BasisModel
+    columns: dict[str, NDArray[Any]]
 
 
 def train_subspace(request: SubspaceRequest) -> None:
-    """Learn the subspace, then write latents, maps, log and manifest into the run folder.
+    """Learn, then write latents, maps, log and manifest into the run folder.
 
     A finished run of the same fingerprint is left as it is. Raises `InputFormatError` without poses or with
     unknown ids, `TrainingError` when the folder is in use.
@@ -49,11 +75,13 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
+    settings = request.settings()
     described = {
-        "method": "subspace",
+        "method": "vae" if request.nonlinear else "subspace",
         "stack": stack.fingerprint,
         "particles": digest([str(i) for i in stack.particles.particle_id[rows]]),
-        "settings": asdict(request.settings) | {"kernel": None},
+        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
+        "held_out_fraction": request.held_out_fraction if request.nonlinear else 0,
     }
     fingerprint, run = digest(described), request.run
     with only_writer(run):
@@ -61,59 +89,102 @@ def train_subspace(request: SubspaceRequest) -> None:
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
         (run / MANIFEST).unlink(missing_ok=True)
-        fit = fit_subspace(stack, rows, request.settings)
-        learnt = time.monotonic()
-        model = final_model(stack, rows, fit, request.settings)
-        save_linear_model(run / MODEL_FILE, model)
-        _write_latents(run, stack.particles.particle_id[rows], fit.posterior, model)
-        with replacing(run / "metrics.jsonl") as temporary:
-            lines = (
-                json.dumps({"epoch": number + 1, "reconstruction": entry["loss"], **entry})
-                for number, entry in enumerate(fit.history)
-            )
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        content: dict[str, Any] = environment() | {
-            "method": "subspace",
-            "fingerprint": fingerprint,
-            "stack": str(request.stack),
-            "stack_fingerprint": stack.fingerprint,
-            "subset": None if request.subset is None else str(request.subset),
-            "n_particles": len(rows),
-            "box_size_px": stack.box_size_px,
-            "pixel_size_a": stack.pixel_size_a,
-            "components": model.components,
-            "held_out_gain": [{"mean": mean, "standard_error": error} for mean, error in fit.gains],
-            "contrast_spread": fit.scale_spread,
-            "noise_images": int(fit.posterior.is_noise.sum()),
-            "settings": asdict(request.settings),
-            "device": "cpu",
-            "threads": torch.get_num_threads(),
-            "epochs": len(fit.history),
-            "training_seconds": learnt - started,
-            "wall_seconds": time.monotonic() - started,
-        }
-        write_json(run / MANIFEST, content)
+        fit = fit_subspace(stack, rows, settings)
+        if request.nonlinear and fit.posterior.z.shape[1]:
+            learnt = _nonlinear(request, stack, rows, fit, settings)
+        else:
+            model = linear_model(stack, rows, fit, request.latent_dim, settings)
+            learnt = Learnt(model=model, columns=_linear_columns(fit, model, request.latent_dim))
+        save_model(run / MODEL_FILE, learnt.model)
+        ids = {"particle_id": stack.particles.particle_id[rows]}
+        write_columns(run / "latent.parquet", ids | learnt.columns)
+        _write_metrics(run, fit)
+        seconds = time.monotonic() - started
+        write_json(run / MANIFEST, _manifest(request, stack, fit, described, fingerprint, seconds))
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
 
 
-def _write_latents(run: Path, particle_id: NDArray[Any], where: Posterior, model: LinearModel) -> None:
+def _nonlinear(
+    request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: SubspaceSettings
+) -> Learnt:
+    _, kept_out = split_held_out(
+        rows, stack.particles.particle_id[rows], request.held_out_fraction, request.seed
+    )
+    held_out = torch.from_numpy(np.isin(rows, kept_out))
+    config = BasisConfig(
+        components=fit.posterior.z.shape[1], latent_dim=request.latent_dim, seed=request.seed
+    )
+    vae, latents = train_basis(fit, held_out, config, settings)
+    columns = _coordinates(latents.z, latents.std, request.latent_dim) | {
+        "loss": latents.loss.numpy(),
+        "contrast": fit.posterior.scale.float().numpy(),
+        "log_evidence": latents.evidence.numpy(),
+        "held_out": held_out.numpy(),
+    }
+    return Learnt(model=basis_model(stack, rows, fit, vae, latents, settings), columns=columns)
+
+
+def _linear_columns(fit: Fit, model: LinearModel, latent_dim: int) -> dict[str, NDArray[Any]]:
     """Coordinates with their whole posterior; those of components that were not kept are 0 ± 0."""
-    where = where.turned(torch.diag(model.spread.double()))
-    n, kept = where.z.shape
-    latent_dim = model.latent_dim
-    z, std = np.zeros((n, latent_dim), np.float32), np.zeros((n, latent_dim), np.float32)
-    z[:, :kept] = where.z.numpy()
-    std[:, :kept] = where.covariance.diagonal(dim1=1, dim2=2).sqrt().numpy()
-    columns: dict[str, NDArray[Any]] = {"particle_id": particle_id}
-    columns |= {f"z_{j}": z[:, j] for j in range(latent_dim)}
-    columns |= {f"std_{j}": std[:, j] for j in range(latent_dim)}
-    for j in range(kept):
+    where = fit.posterior.turned(torch.diag(model.spread.double()))
+    deviation = where.covariance.diagonal(dim1=1, dim2=2).sqrt()
+    columns = _coordinates(where.z, deviation, latent_dim)
+    for j in range(model.components):
         for k in range(j):
             columns[f"cov_{j}_{k}"] = where.covariance[:, j, k].float().numpy()
-    columns |= {
+    return columns | {
         "loss": where.loss.float().numpy(),
         "contrast": where.scale.float().numpy(),
         "log_evidence": where.evidence.float().numpy(),
-        "held_out": np.zeros(n, dtype=bool),
+        "held_out": np.zeros(len(where.z), dtype=bool),
     }
-    write_columns(run / "latent.parquet", columns)
+
+
+def _coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+    columns: dict[str, NDArray[Any]] = {}
+    for prefix, values in (("z", z), ("std", std)):
+        padded = torch.nn.functional.pad(values.float(), (0, latent_dim - values.shape[1])).numpy()
+        columns |= {f"{prefix}_{j}": padded[:, j] for j in range(latent_dim)}
+    return columns
+
+
+def _write_metrics(run: Path, fit: Fit) -> None:
+    lines = (
+        json.dumps({"epoch": number + 1, "reconstruction": entry["loss"], **entry})
+        for number, entry in enumerate(fit.history)
+    )
+    with replacing(run / "metrics.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    request: SubspaceRequest,
+    stack: Stack,
+    fit: Fit,
+    described: dict[str, Any],
+    fingerprint: str,
+    seconds: float,
+) -> dict[str, Any]:
+    return environment() | {
+        "method": described["method"],
+        "encoder": "subspace",
+        "decoder": "basis" if request.nonlinear else "linear",
+        "fingerprint": fingerprint,
+        "stack": str(request.stack),
+        "stack_fingerprint": stack.fingerprint,
+        "subset": None if request.subset is None else str(request.subset),
+        "n_particles": len(fit.posterior.z),
+        "box_size_px": stack.box_size_px,
+        "pixel_size_a": stack.pixel_size_a,
+        "components": fit.supported,
+        "components_tried": described["settings"]["max_components"],
+        "held_out_gain": [{"mean": mean, "standard_error": error} for mean, error in fit.gains],
+        "contrast_spread": fit.scale_spread,
+        "noise_images": int(fit.posterior.is_noise.sum()),
+        "settings": described["settings"],
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "epochs": len(fit.history),
+        "training_seconds": seconds,
+        "wall_seconds": seconds,
+    }

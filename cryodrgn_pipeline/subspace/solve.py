@@ -13,6 +13,7 @@ from cryodrgn_pipeline.fourier.slices import PADDING, gridding_window, volume_gr
 from cryodrgn_pipeline.reconstruct import grid_shells
 from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, pack, unpack
 
+FFTS_AT_ONCE = 8
 BEYOND = 1e3  # times the strongest prior, where |k| > D/2 and no image says anything
 
 
@@ -64,26 +65,25 @@ class Lattice:
         inner = slice(edge, edge + d)
         return padded[:, inner, inner, inner] / self._apodisation
 
-    def without_window(self, normal: Tensor) -> Tensor:
-        """Packed splatted weights `(G, P)` without the window that trilinear splatting put on them."""
-        return self._windowed(normal, self._window)
+    def operator_weights(self, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """What packed splatted weights `(G, P)` do to masked maps, exactly and on the diagonal.
 
-    def smoothed(self, normal: Tensor) -> Tensor:
-        """Packed splatted weights `(G, P)` averaged over what the mask's transform cannot tell apart.
-
-        They are the diagonal blocks of the operator on masked maps: a grid point that no image touched is
-        still known from its neighbours.
+        Returns
+        -------
+        The weights without the window that trilinear splatting put on them: the Toeplitz operator. And the
+        weights averaged over what the mask's transform cannot tell apart, `(G, P)` both: the operator's
+        diagonal blocks, since a grid point that no image touched is still known from its neighbours.
         """
         overlap = torch.fft.irfftn(self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3)
-        return self._windowed(normal, overlap / overlap[0, 0, 0])
-
-    def _windowed(self, normal: Tensor, window: Tensor) -> Tensor:
-        out = torch.empty_like(normal)
-        for n in range(normal.shape[1]):
-            weights = normal[:, n].reshape(self.shape).to(torch.complex64)
-            kernel = torch.fft.irfftn(weights, s=(self.size,) * 3)
-            out[:, n] = torch.fft.rfftn(kernel * window).real.flatten()
-        return out
+        overlap = overlap / overlap[0, 0, 0]
+        exact, diagonal = torch.empty_like(normal), torch.empty_like(normal)
+        for part in torch.split(torch.arange(normal.shape[1]), FFTS_AT_ONCE):
+            weights = normal[:, part].T.reshape(-1, *self.shape).to(torch.complex64)
+            kernels = torch.fft.irfftn(weights, s=(self.size,) * 3, dim=(-3, -2, -1))
+            for window, out in ((self._window, exact), (overlap, diagonal)):
+                spectra = torch.fft.rfftn(kernels * window, dim=(-3, -2, -1))
+                out[:, part] = spectra.real.flatten(1).T
+        return exact, diagonal
 
     def shell_power(self, maps: Tensor) -> Tensor:
         """Mean |F|² per shell 0 … D/2 of `(K, D, D, D)` maps, `(K, D/2+1)` float64."""
@@ -134,10 +134,9 @@ def solve(
     ridge = (1 / prior).T.to(normal)  # (D/2+1, K)
     at_shell = torch.cat([ridge, ridge.amax().mul(BEYOND).expand(1, maps)])
     shell = torch.where(lattice.inside, lattice.shell, len(ridge))
-    inverse = _inverse(lattice.smoothed(normal), at_shell, shell, use_numba)
-    operator = None
+    operator, blocks = lattice.operator_weights(normal)
+    inverse = _inverse(blocks, at_shell, shell, use_numba)
     if iterations:
-        operator = lattice.without_window(normal)
         diagonal = [j * (j + 3) // 2 for j in range(maps)]
         operator[:, diagonal] += at_shell[shell]
     mask = lattice.mask
@@ -151,7 +150,7 @@ def solve(
         return filtered(volumes, inverse) / lattice.size**6
 
     target = lattice.right_hand_side(right) * mask
-    if operator is None:
+    if not iterations:
         return preconditioned(target)
     x = preconditioned(target) if start is None else start.clone()
     residual = target - filtered(x, operator)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError
-from cryodrgn_pipeline.half_sets import image_of_id
+from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
@@ -173,17 +173,6 @@ def _manifest(
         "training_seconds": trainer.progress.seconds,
         "wall_seconds": wall_seconds,
     }
-
-
-def split_held_out(
-    rows: NDArray[np.int64], particle_id: NDArray[Any], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and held-out rows; repeats of one image (`id#2`, `id#3`) stay on the same side."""
-    unique, group = np.unique(image_of_id(particle_id), return_inverse=True)
-    count = min(round(fraction * len(unique)), len(unique) - 1)
-    chosen = np.random.default_rng([seed, 1]).permutation(len(unique))[:count]
-    held_out = np.isin(group, chosen)
-    return rows[~held_out], rows[held_out]
 
 
 def _trained(trainer: Trainer, stack: Stack) -> TrainedModel:

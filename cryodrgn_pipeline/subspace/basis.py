@@ -1,0 +1,209 @@
+"""Train the nonlinear model in the span of the subspace's maps, on the images' inner products with them.
+
+Given the maps, an image of N pixels says −½ aᵀ G a + aᵀ h about its factors a: a (J+1)² matrix and a vector.
+Rounds alternate: the network learns on these for some thousand steps (minibatch ELBO, Kingma & Welling 2014),
+then the maps are solved for anew with the factors that it gives, and the inner products are taken again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae, posterior_features
+from cryodrgn_pipeline.subspace.fit import (
+    Fit,
+    SubspaceSettings,
+    accumulate,
+    all_inner_products,
+    component_shares,
+)
+from cryodrgn_pipeline.subspace.solve import solve
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 2
+FEWEST_STEPS, MOST_STEPS = 1500, 20_000
+PASSES = 60  # over the particles in a round, within these limits
+BATCH_SIZE = 256
+LEARNING_RATE = 2e-3
+SAMPLES = 8  # of z, for the moments of the factors
+
+
+@dataclass(slots=True)
+class Seen:
+    """What N images say, per image: encoder features `(N, 2J)`, `gram` `(N, J+1, J+1)` and `inner` `(N, J+1)`
+    at the image's contrast, `power` `(N,)`; float32.
+    """
+
+    features: Tensor
+    gram: Tensor
+    inner: Tensor
+    power: Tensor
+
+    def gain(self, factors: Tensor, rows: Tensor | slice) -> Tensor:
+        """log p(image | factors) over log p(image if it were noise alone), `(B,)`."""
+        quadratic = (factors[:, None] @ self.gram[rows] @ factors[..., None])[:, 0, 0]
+        return (factors * self.inner[rows]).sum(1) - quadratic / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasisLatents:
+    """Of N images: `z` and `std` `(N, d)`, `factors` `(N, J+1)` at z, `loss` and `evidence` `(N,)`."""
+
+    z: Tensor
+    std: Tensor
+    factors: Tensor
+    loss: Tensor
+    evidence: Tensor
+
+
+def train_basis(
+    fit: Fit,
+    held_out: Tensor,
+    config: BasisConfig,
+    settings: SubspaceSettings,
+    *,
+    report: Callable[[str], None] = log.info,
+) -> tuple[BasisVae, BasisLatents]:
+    """Train on the particles that are neither held out nor noise; the fit's maps and log go on.
+
+    Parameters
+    ----------
+    fit
+        A fit whose subspace has `config.components` dimensions; its maps are replaced by the new ones.
+    held_out
+        `(N,)` bool: images that only measure.
+    """
+    vae = BasisVae(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    learnt = ~fit.posterior.is_noise & ~held_out
+    rows = learnt.nonzero()[:, 0]
+    steps = min(max(FEWEST_STEPS, PASSES * len(rows) // BATCH_SIZE), MOST_STEPS)
+    optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+    latents = None
+    for number in range(ROUNDS):
+        seen = _seen(fit, settings)
+        with _one_thread():
+            for step in range(steps):
+                for group in optimiser.param_groups:
+                    group["lr"] = LEARNING_RATE * (1 - step / steps)
+                chosen = rows[torch.randint(len(rows), (BATCH_SIZE,), generator=generator)]
+                loss = -_elbo(vae, seen, chosen, generator).mean()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+        latents = encoded(vae, seen, fit.level.images.coefficients)
+        fit.history.append(_summary(fit, latents, held_out, number))
+        report(
+            f"network, round {number + 1} of {ROUNDS}: loss {fit.history[-1]['loss']:.4f}, KL divergence "
+            f"{fit.history[-1]['kld']:.2f}, log evidence {fit.history[-1]['evidence']:.2f} an image"
+        )
+        _solve_maps(fit, vae, latents, learnt, settings, generator)
+    latents = encoded(vae, _seen(fit, settings), fit.level.images.coefficients)
+    return vae, latents
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of microseconds: threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seen(fit: Fit, settings: SubspaceSettings) -> Seen:
+    products = all_inner_products(fit.level.images, fit.level.lattice, fit.level.maps, settings)
+    where = fit.posterior
+    squared = where.scale**2 + where.scale_variance
+    return Seen(
+        features=posterior_features(where.z, where.covariance),
+        gram=(products.gram * squared[:, None, None]).float(),
+        inner=(products.inner * where.scale[:, None]).float(),
+        power=products.power.float(),
+    )
+
+
+def _elbo(vae: BasisVae, seen: Seen, rows: Tensor, generator: torch.Generator) -> Tensor:
+    mean, log_variance = vae.encode(seen.features[rows])
+    z = mean + torch.randn(mean.shape, generator=generator) * (log_variance / 2).exp()
+    return seen.gain(vae.factors(z), rows) - divergence(mean, log_variance)
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence of N(mean, exp(log variance)) from N(0, 1), summed over the coordinates: `(B,)`."""
+    return (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
+
+
+@torch.no_grad()
+def encoded(vae: BasisVae, seen: Seen, coefficients: int) -> BasisLatents:
+    """Where all images lie, and what is left of them there."""
+    mean, log_variance = vae.encode(seen.features)
+    factors = vae.factors(mean)
+    gain = seen.gain(factors, slice(None))
+    return BasisLatents(
+        z=mean,
+        std=(log_variance / 2).exp(),
+        factors=factors,
+        loss=(seen.power - 2 * gain) / coefficients,
+        evidence=gain - divergence(mean, log_variance),
+    )
+
+
+@torch.no_grad()
+def _solve_maps(
+    fit: Fit,
+    vae: BasisVae,
+    latents: BasisLatents,
+    learnt: Tensor,
+    settings: SubspaceSettings,
+    generator: torch.Generator,
+) -> None:
+    """M-step: the maps that explain the images best with the factors that the network gives."""
+    where, state = fit.posterior, fit.level
+    second = torch.zeros(*latents.factors.shape, latents.factors.shape[1])
+    for _ in range(SAMPLES):
+        drawn = torch.randn(latents.z.shape, generator=generator)
+        factors = vae.factors(latents.z + drawn * latents.std)
+        second += factors[:, :, None] * factors[:, None] / SAMPLES
+    squared = (where.scale**2 + where.scale_variance) * learnt
+    right, normal = accumulate(
+        state.images,
+        state.lattice.box_size_px,
+        latents.factors * (where.scale * learnt)[:, None],
+        second * squared[:, None, None],
+        settings,
+    )
+    prior = component_shares(len(state.maps) - 1, settings)[:, None] * state.mean_power
+    state.maps = solve(
+        state.lattice,
+        right,
+        normal,
+        prior,
+        start=state.maps,
+        iterations=settings.cg_iterations,
+        kernel=settings.kernel,
+    )
+
+
+def _summary(fit: Fit, latents: BasisLatents, held_out: Tensor, number: int) -> dict[str, float]:
+    entry = {
+        "level_px": float(fit.level.lattice.box_size_px),
+        "iteration": float(number),
+        "loss": float(latents.loss[~held_out].mean()),
+        "evidence": float(latents.evidence.mean()),
+        "kld": float(divergence(latents.z, 2 * latents.std.log()).mean()),
+        "scale_spread": fit.scale_spread,
+        "noise_images": float(fit.posterior.is_noise.sum()),
+    }
+    if bool(held_out.any()):
+        entry["held_out_reconstruction"] = float(latents.loss[held_out].mean())
+    return entry
