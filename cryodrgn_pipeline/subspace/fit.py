@@ -39,8 +39,7 @@ IMAGES_PER_COMPONENT = 50  # fewer say nothing about it
 class SubspaceSettings:
     """`max_components` are tried, those that held-out images support are kept; iterations per level are
     those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
-    `component_prior` is the power of a component, per shell, as a share of the mean map's. `keep` "all" keeps
-    every component where any is supported.
+    `component_prior` is the power of a component, per shell, as a share of the mean map's.
     """
 
     max_components: int = 8
@@ -49,7 +48,6 @@ class SubspaceSettings:
     fine_iterations: int = 2
     cg_iterations: int = 4
     component_prior: float = 0.6
-    keep: str = "supported"
     held_out_fraction: float = 0.1
     contrast: bool = True
     white_noise: bool = False
@@ -201,9 +199,8 @@ def fit_subspace(
             products = all_inner_products(state.images, state.lattice, state.maps, settings)
             supported, gains = supported_components(products, state.images.coefficients, spread, held_out)
             report(f"{supported} of {j} components are supported by held-out images")
-            kept = j if supported and settings.keep == "all" else supported
-            where = _first(where, kept)
-            state.maps = state.maps[: kept + 1]
+            where = _first(where, supported)
+            state.maps = state.maps[: supported + 1]
         fit = Fit(
             posterior=where,
             level=state,

@@ -30,7 +30,7 @@ from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
 
-BASIS_COMPONENTS = 12  # of the subspace that the nonlinear model moves in
+BASIS_COMPONENTS = 12  # tried, of the subspace that the nonlinear model moves in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,8 @@ class SubspaceRequest:
 
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
-        if self.nonlinear:
-            return SubspaceSettings(max_components=BASIS_COMPONENTS, keep="all", seed=self.seed)
-        return SubspaceSettings(max_components=self.latent_dim, seed=self.seed)
+        tried = BASIS_COMPONENTS if self.nonlinear else self.latent_dim
+        return SubspaceSettings(max_components=tried, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
