@@ -201,16 +201,14 @@ def fit_subspace(
             report(f"{supported} of {j} components are supported by held-out images")
             where = _first(where, supported)
             state.maps = state.maps[: supported + 1]
-        fit = Fit(
-            posterior=where,
-            level=state,
-            scale_spread=spread,
-            history=history,
-            gains=gains,
-            supported=supported,
-        )
-    assert fit is not None
-    return fit
+    return Fit(
+        posterior=where,
+        level=state,
+        scale_spread=spread,
+        history=history,
+        gains=gains,
+        supported=supported,
+    )
 
 
 def solve_components(
