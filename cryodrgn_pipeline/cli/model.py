@@ -84,7 +84,10 @@ def train(
     Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
     checkpoint and ends; the same command with --resume goes on, to the same result.
 
-    Example: cryodrgn-pipeline train stack_128 -o runs/first --epochs 25 --coordinate-fraction 0.25
+    The subspace and the default model take --latent-dim, --subset, --held-out-fraction, --seed and --threads;
+    the other options are those of --encoder image --decoder mlp.
+
+    Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
     expected = {"method": ("vae", "subspace"), "encoder": ("subspace", "image"), "decoder": ("basis", "mlp")}
     for name, value in (("method", method), ("encoder", encoder), ("decoder", decoder)):
