@@ -36,6 +36,7 @@ from cryodrgn_pipeline.particle_volumes_sums import (
 )
 from cryodrgn_pipeline.progress import duration, progress
 from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.poses import PoseOffsets, read_pose_offsets
 from cryodrgn_pipeline.subspace.posterior import NOISE_LIKELIER
 from cryodrgn_pipeline.volumes import OURS, MapOptions, check_options, finished_map, support_columns
 
@@ -64,7 +65,8 @@ class Members:
     """N particles of a run as its stack has them, by rising row.
 
     `rows` `(N,)`; `z` `(N, J)` and `covariance` `(N, J, J)` their posterior; `half` and `contrast` `(N,)`;
-    `counted` `(N,)` bool: those that are not taken for noise (and, by ids, are asked for).
+    `counted` `(N,)` bool: those that are not taken for noise (and, by ids, are asked for); `poses`: what
+    corrects their poses, as far as the run did.
     """
 
     rows: NDArray[np.int64]
@@ -73,6 +75,7 @@ class Members:
     half: NDArray[np.int64]
     contrast: NDArray[np.float32]
     counted: NDArray[np.bool_]
+    poses: PoseOffsets | None
 
 
 def particle_volumes(request: ParticleVolumes, output: Path, device: torch.device) -> list[Path]:
@@ -133,6 +136,7 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
                     members.contrast,
                     grids,
                     combination,
+                    poses=members.poses,
                     advance=advance,
                 )
             for number, of_target in zip(range(len(models))[block], sums.sums, strict=True):
@@ -177,6 +181,7 @@ def members_of(request: ParticleVolumes, stack: Stack) -> Members:
         )
     log.info("half sets: %s", source)
     order = np.argsort(found)
+    poses = read_pose_offsets(request.run, stack.box_size_px * stack.pixel_size_a)
     contrast = np.ones(n, np.float32) if latents.contrast is None else latents.contrast
     return Members(
         rows=found[order],
@@ -185,6 +190,7 @@ def members_of(request: ParticleVolumes, stack: Stack) -> Members:
         half=half[found[order]],
         contrast=contrast[order],
         counted=counted[order],
+        poses=None if poses is None else poses.of(order),
     )
 
 

@@ -19,6 +19,7 @@ from cryodrgn_pipeline.fourier.slices import PADDING, extract_slices, slice_coor
 from cryodrgn_pipeline.fourier_images import FourierImages, stream
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import level_plane, noise_precision
+from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.sums import compiled
 
 Array = NDArray[np.float64]
@@ -200,6 +201,7 @@ def accumulate_targets(
     grids: Tensor,
     factors: Tensor,
     *,
+    poses: PoseOffsets | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> TargetSums:
     """One pass over the images that stand in a ring of any of T targets.
@@ -212,6 +214,8 @@ def accumulate_targets(
         `(N, T)` ring around each target or −1, `(N,)` half set and `(N,)` contrast of those rows.
     grids, factors
         The model's prediction: `(K, E, E, E/2+1)` and `(N, K)`; see `predicted`.
+    poses
+        What corrects the poses of the rows; None: nothing.
     advance
         Called with the number of images done.
     """
@@ -222,7 +226,9 @@ def accumulate_targets(
     used = np.flatnonzero((rings >= 0).any(axis=1))
     ring, side = torch.from_numpy(rings[used]), torch.from_numpy(half[used])
     strength, combination = torch.from_numpy(contrast[used]).float(), factors[torch.from_numpy(used)]
+    offsets = None if poses is None else poses.of(used)
     for part, images in stream(stack, rows[used], plane, groups):
+        images = images if offsets is None else offsets.applied(images, part)
         prediction = predicted(grids, combination[part].contiguous(), images)
         sums.add(images, image_values(images, weight, strength[part], prediction), ring[part], side[part])
         if advance is not None:

@@ -20,7 +20,8 @@ from cryodrgn_pipeline.io.checkpoints import load_model, save_model
 from cryodrgn_pipeline.io.runs import read_columns, read_latents
 from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel, factors
-from cryodrgn_pipeline.subspace.fit import supported_components, whitened
+from cryodrgn_pipeline.subspace.em import whitened
+from cryodrgn_pipeline.subspace.fit import supported_components
 from cryodrgn_pipeline.subspace.images import level_plane
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
@@ -153,7 +154,10 @@ def test_the_posterior_is_the_closed_form() -> None:
     rng = np.random.default_rng(0)
     root = torch.from_numpy(rng.normal(size=(7, 3, 3)))
     seen = InnerProducts(
-        gram=root @ root.mT, inner=torch.from_numpy(rng.normal(size=(7, 3))), power=torch.full((7,), 9.0)
+        gram=root @ root.mT,
+        inner=torch.from_numpy(rng.normal(size=(7, 3))),
+        power=torch.full((7,), 9.0),
+        gain=torch.zeros(7),
     )
     found = posterior(seen, 100, 0.0)
     precision = seen.gram[:, 1:, 1:] + torch.eye(2)
@@ -171,7 +175,12 @@ def test_contrast_is_found_where_images_are_fainter_or_stronger() -> None:
     gram = torch.diag(torch.tensor([400.0, 30.0], dtype=torch.float64)).expand(3, 2, 2)
     z = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     factors_of = torch.stack([scale, scale * z], dim=1)
-    seen = InnerProducts(gram=gram, inner=(gram @ factors_of[..., None])[..., 0], power=torch.full((3,), 1e3))
+    seen = InnerProducts(
+        gram=gram,
+        inner=(gram @ factors_of[..., None])[..., 0],
+        power=torch.full((3,), 1e3),
+        gain=torch.zeros(3),
+    )
     found = posterior(seen, 100, 0.3)
     assert (found.scale - scale).abs().max() < 0.05
     assert (found.z[:, 0] - z).abs().max() < 0.15
@@ -203,7 +212,10 @@ def test_components_that_new_images_do_not_support_are_not_kept() -> None:
     a = torch.cat([torch.ones(n, 1), z, torch.zeros(n, 1)], dim=1)  # the second component is made up
     noise = torch.from_numpy(rng.normal(size=(n, 3))) * torch.tensor([100.0, 5.0, 5.0]).sqrt()
     seen = InnerProducts(
-        gram=gram, inner=(gram @ a[..., None])[..., 0] + noise, power=torch.full((n,), 100.0)
+        gram=gram,
+        inner=(gram @ a[..., None])[..., 0] + noise,
+        power=torch.full((n,), 100.0),
+        gain=torch.zeros(n),
     )
     kept, gains = supported_components(seen, 100, 0.0, torch.arange(n) % 2 == 0)
     assert kept == 1

@@ -31,6 +31,16 @@ def subspace_findings(
     if noise and n:
         tone = "open" if noise > NOISE_SHARE * n else ""
         found.append((tone, f"Images: {noise:,} of {n:,} are likelier noise alone than the particle."))
+    poses = manifest.get("pose_offsets") or {}
+    if poses.get("corrected"):
+        found.append(
+            (
+                "open",
+                f"Poses: shifts seem off by {poses['shift_spread_a']:.1f} Å along each axis; poses were "
+                "corrected for this model, which changes the log evidence of an image by "
+                f"{_gain(poses['held_out_gain'])}. Another refinement may pay.",
+            )
+        )
     spread = manifest.get("contrast_spread")
     if spread:
         found.append(("", f"Contrast: it spreads by {100 * spread:.1f} % among the particles."))

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae, posterior_features
-from cryodrgn_pipeline.subspace.fit import (
-    Fit,
-    SubspaceSettings,
-    accumulate,
-    all_inner_products,
-    component_shares,
-)
+from cryodrgn_pipeline.subspace.em import SubspaceSettings, accumulate, component_shares, look
+from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.solve import solve
 
 log = logging.getLogger(__name__)
@@ -38,18 +33,20 @@ SAMPLES = 8  # of z, for the moments of the factors
 @dataclass(slots=True)
 class Seen:
     """What N images say, per image: encoder features `(N, 2J)`, `gram` `(N, J+1, J+1)` and `inner` `(N, J+1)`
-    at the image's contrast, `power` `(N,)`; float32.
+    at the image's contrast, `power` `(N,)`, and `known` `(N,)`, twice the log likelihood that its pose offset
+    gains; float32.
     """
 
     features: Tensor
     gram: Tensor
     inner: Tensor
     power: Tensor
+    known: Tensor
 
     def gain(self, factors: Tensor, rows: Tensor | slice) -> Tensor:
         """log p(image | factors) over log p(image if it were noise alone), `(B,)`."""
         quadratic = (factors[:, None] @ self.gram[rows] @ factors[..., None])[:, 0, 0]
-        return (factors * self.inner[rows]).sum(1) - quadratic / 2
+        return (factors * self.inner[rows]).sum(1) + (self.known[rows] - quadratic) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +118,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seen(fit: Fit, settings: SubspaceSettings) -> Seen:
-    products = all_inner_products(fit.level.images, fit.level.lattice, fit.level.maps, settings)
+    products, _ = look(fit.level, fit.known.poses, settings)
     where = fit.posterior
     squared = where.scale**2 + where.scale_variance
     return Seen(
@@ -129,6 +126,7 @@ def _seen(fit: Fit, settings: SubspaceSettings) -> Seen:
         gram=(products.gram * squared[:, None, None]).float(),
         inner=(products.inner * where.scale[:, None]).float(),
         power=products.power.float(),
+        known=products.gain.float(),
     )
 
 
@@ -201,7 +199,7 @@ def _summary(fit: Fit, latents: BasisLatents, held_out: Tensor, number: int) -> 
         "loss": float(latents.loss[~held_out].mean()),
         "evidence": float(latents.evidence.mean()),
         "kld": float(divergence(latents.z, 2 * latents.std.log()).mean()),
-        "scale_spread": fit.scale_spread,
+        "scale_spread": fit.known.scale_spread,
         "noise_images": float(fit.posterior.is_noise.sum()),
     }
     if bool(held_out.any()):

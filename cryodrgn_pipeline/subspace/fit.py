@@ -3,7 +3,8 @@
 The model of probabilistic principal components with known poses and CTFs (Tipping & Bishop 1999; Punjani &
 Fleet 2021; Gilles & Singer 2025): image = scale · CTF · slice(V₀ + Σ zⱼ Vⱼ) + noise, z ~ N(0, 1). Random
 coordinates start it; alternating least squares and expectation maximisation at a coarse level find the
-subspace; only the coordinates go on to finer levels, where the maps are solved for anew.
+subspace; only the coordinates go on to finer levels, where the maps are solved for anew. At the coarse level
+it is done twice, with poses as they are and with small offsets, and held-out images choose.
 """
 
 from __future__ import annotations
@@ -19,121 +20,48 @@ from torch import Tensor
 
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.em import Known, LevelState, SubspaceSettings, iterate, look, start_level
 from cryodrgn_pipeline.subspace.images import LevelImages
+from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
-from cryodrgn_pipeline.subspace.solve import Lattice, solve
-from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack
-from cryodrgn_pipeline.subspace.support import support_mask
+from cryodrgn_pipeline.subspace.sums import InnerProducts
 
 log = logging.getLogger(__name__)
 
 COARSEST_PX = 16
 FINEST_PX = 64  # coordinates are learnt up to here; finer maps are made with what they then are
+COARSE_IMAGES = 50_000  # enough to find the subspace at the coarsest level
+PLACING_ROUNDS = 2  # passes that place the other images, where poses are off
 FIRST_SCALE_SPREAD = 0.1
-SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
-KEEP_ABOVE_SE = 3.0
+SURE_ABOVE_SE = 3.0
 IMAGES_PER_COMPONENT = 50  # fewer say nothing about it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SubspaceSettings:
-    """`max_components` are tried, those that held-out images support are kept; iterations per level are
-    those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
-    `component_prior` is the power of a component, per shell, as a share of the mean map's.
-    """
-
-    max_components: int = 8
-    als_iterations: int = 4
-    coarse_iterations: int = 6
-    fine_iterations: int = 2
-    cg_iterations: int = 4
-    component_prior: float = 0.6
-    held_out_fraction: float = 0.1
-    contrast: bool = True
-    white_noise: bool = False
-    seed: int = 0
-    kernel: str = "auto"
-
-
-@dataclass(slots=True)
-class LevelState:
-    """One level's lattice, prior `(D/2+1,)` of the mean map, and maps `(K, D, D, D)` once there are any."""
-
-    images: LevelImages
-    lattice: Lattice
-    mean_power: Tensor
-    maps: Tensor
 
 
 @dataclass(slots=True)
 class Fit:
-    """What EM leaves: the posterior of all N rows at the finest level, the level itself, and the log.
+    """What EM leaves: what is known of all N rows, the finest level, and the log.
 
-    `gains` of held-out log evidence with 1 … J components, and how many components they support.
+    `gains` of held-out log evidence with 1 … J components, and how many components they support;
+    `pose_gain` of offsets, with its standard error, where they were tried.
     """
 
-    posterior: Posterior
+    known: Known
     level: LevelState
-    scale_spread: float
     history: list[dict[str, float]] = field(default_factory=list)
     gains: list[tuple[float, float]] = field(default_factory=list)
     supported: int = 0
+    pose_gain: tuple[float, float] | None = None
+
+    @property
+    def posterior(self) -> Posterior:
+        """Where the images lie."""
+        return self.known.posterior
 
 
 def levels_of(box_size_px: int) -> list[int]:
     """Boxes from coarse to fine: 16, 32, 64 as far as they are below D, then D or 64."""
     finest = min(box_size_px, FINEST_PX)
     return [d for d in (COARSEST_PX, 2 * COARSEST_PX) if d < finest] + [finest]
-
-
-def accumulate(
-    images: LevelImages,
-    box_size_px: int,
-    linear: Tensor,
-    second: Tensor,
-    settings: SubspaceSettings,
-) -> tuple[Tensor, Tensor]:
-    """The normal equations of all images for factors `(N, K)` and their second moments `(N, K, K)`."""
-    sums = NormalEquations(box_size_px, linear.shape[1], kernel=settings.kernel)
-    packed = pack(second)
-    for part, chunk in images.chunks():
-        sums.add(chunk, images.weight, linear[part], packed[part])
-    return sums.complete()
-
-
-def all_inner_products(
-    images: LevelImages, lattice: Lattice, maps: Tensor, settings: SubspaceSettings
-) -> InnerProducts:
-    """The inner products of all images with the maps, one pass."""
-    columns, parts = lattice.columns(maps), []
-    for _, chunk in images.chunks():
-        parts.append(inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel))
-    return InnerProducts(
-        gram=torch.cat([part.gram for part in parts]),
-        inner=torch.cat([part.inner for part in parts]),
-        power=torch.cat([part.power for part in parts]),
-    )
-
-
-def start_level(
-    stack: Stack, rows: NDArray[np.int64], level_px: int, used: Tensor, settings: SubspaceSettings
-) -> LevelState:
-    """The mean map of a level, its shell powers and the mask that it gives."""
-    images = LevelImages(stack, rows, level_px, white=settings.white_noise)
-    lattice = Lattice(level_px)
-    ones = used[:, None].double()
-    right, normal = accumulate(images, level_px, ones, ones[:, None], settings)
-    power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior
-    mean = torch.zeros(0)
-    for round_number in range(3):
-        mean = solve(
-            lattice, right, normal, power, iterations=settings.cg_iterations + 2, kernel=settings.kernel
-        )
-        if round_number:
-            lattice.mask = support_mask(mean[0])
-        shells = lattice.shell_power(mean * lattice.mask) / lattice.mask_fraction
-        power = shells.clamp(min=1e-3 * float(shells[0, 1:].min()))
-    return LevelState(images=images, lattice=lattice, mean_power=power[0], maps=mean)
 
 
 def fit_subspace(
@@ -152,113 +80,102 @@ def fit_subspace(
     """
     if len(rows) == 0:
         raise ValueError("no particles to learn from")
-    rng = torch.Generator().manual_seed(settings.seed)
+    first, *finer = levels_of(stack.box_size_px)
+    some = np.sort(np.random.default_rng([settings.seed, 2]).permutation(len(rows))[:COARSE_IMAGES])
+    fit = _coarse_fit(stack, rows[some], first, settings, report)
+    if len(some) < len(rows):
+        _place(fit, stack, rows, some, settings)
+    for level_px in finer:
+        known = fit.known
+        used = ~known.posterior.is_noise
+        fit.level = start_level(stack, rows, level_px, used, known.poses, settings)
+        for iteration in range(settings.fine_iterations):
+            used = ~fit.posterior.is_noise
+            fit.known = iterate(fit.level, fit.known, used, settings, warm=iteration > 0)
+            fit.history.append(summary(level_px, iteration, fit.known, stack.box_size_px))
+            report(_line(fit.history[-1]))
+    return fit
+
+
+def _coarse_fit(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    level_px: int,
+    settings: SubspaceSettings,
+    report: Callable[[str], None],
+) -> Fit:
+    """The subspace at the coarsest level, with the components and the pose offsets that images support."""
     n = len(rows)
-    j = min(settings.max_components, n // IMAGES_PER_COMPONENT)
     _, kept_out = split_held_out(
         rows, stack.particles.particle_id[rows], settings.held_out_fraction, settings.seed
     )
     held_out = torch.from_numpy(np.isin(rows, kept_out))
-    where = Posterior(
-        z=torch.randn(n, j, generator=rng, dtype=torch.float64),
-        covariance=torch.zeros(n, j, j, dtype=torch.float64),
-        scale=torch.ones(n, dtype=torch.float64),
-        scale_variance=torch.zeros(n, dtype=torch.float64),
-        evidence=torch.zeros(n, dtype=torch.float64),
-        loss=torch.ones(n, dtype=torch.float64),
-    )
-    spread = 0.0
-    history: list[dict[str, float]] = []
-    gains: list[tuple[float, float]] = []
-    supported = j
-    for number, level_px in enumerate(levels_of(stack.box_size_px)):
-        used = ~where.is_noise
-        state = start_level(stack, rows, level_px, used & ~held_out if number == 0 else used, settings)
-        als = settings.als_iterations if number == 0 else 0
-        for iteration in range(
-            als + (settings.coarse_iterations if number == 0 else settings.fine_iterations)
-        ):
-            learnt = ~where.is_noise & ~held_out if number == 0 else ~where.is_noise
-            warm = None if iteration <= als else state.maps
-            state.maps = solve_components(state, where, learnt, settings, start=warm)
-            products = all_inner_products(state.images, state.lattice, state.maps, settings)
-            if iteration >= als and settings.contrast:
-                spread = spread or FIRST_SCALE_SPREAD
-            where = posterior(products, state.images.coefficients, spread)
-            if iteration < als:
-                where.covariance.zero_()
-            where, state.maps = whitened(where, state.maps, learnt)
-            if spread:
-                where = where.rescaled()
-                good = ~where.is_noise
-                moment = (where.scale[good] - 1) ** 2 + where.scale_variance[good]
-                spread = min(max(float(moment.mean()) ** 0.5, SMALLEST_SCALE_SPREAD), LARGEST_SCALE_SPREAD)
-            history.append(summary(level_px, iteration, where, spread))
-            report(_line(history[-1]))
-        if number == 0:
-            products = all_inner_products(state.images, state.lattice, state.maps, settings)
-            supported, gains = supported_components(products, state.images.coefficients, spread, held_out)
-            report(f"{supported} of {j} components are supported by held-out images")
-            where = _first(where, supported)
-            state.maps = state.maps[: supported + 1]
-    return Fit(
-        posterior=where,
-        level=state,
-        scale_spread=spread,
-        history=history,
-        gains=gains,
-        supported=supported,
-    )
+    start = start_level(stack, rows, level_px, ~held_out, None, settings)
+    fit, evidence = _coarse_run(start, None, held_out, settings, stack.box_size_px, report)
+    if settings.pose_offsets and bool(held_out.any()):
+        report("once more, with poses that may be off")
+        other, with_offsets = _coarse_run(
+            start, PoseOffsets.start(n), held_out, settings, stack.box_size_px, report
+        )
+        gain = with_offsets - evidence
+        mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
+        sure = mean > SURE_ABOVE_SE * error
+        fit = other if sure else fit
+        fit.pose_gain = (mean, error)
+        report(
+            f"poses {'are corrected' if sure else 'stay as they are'}: offsets change the log evidence of a "
+            f"held-out image by {mean:+.2f} ± {error:.2f}"
+        )
+    return fit
 
 
-def solve_components(
-    state: LevelState,
-    where: Posterior,
-    learnt: Tensor,
+def _coarse_run(
+    start: LevelState,
+    poses: PoseOffsets | None,
+    held_out: Tensor,
     settings: SubspaceSettings,
-    *,
-    start: Tensor | None = None,
-) -> Tensor:
-    """M-step: the maps `(J+1, D, D, D)` that explain the images best where these now lie."""
-    linear, second = where.factors()
-    linear, second = linear * learnt[:, None], second * learnt[:, None, None]
-    level_px, j = state.lattice.box_size_px, where.z.shape[1]
-    right, normal = accumulate(state.images, level_px, linear, second, settings)
-    prior = component_shares(j, settings)[:, None] * state.mean_power
-    return solve(
-        state.lattice,
-        right,
-        normal,
-        prior,
-        start=start,
-        iterations=settings.cg_iterations,
-        kernel=settings.kernel,
-    )
+    box_size_px: int,
+    report: Callable[[str], None],
+) -> tuple[Fit, Tensor]:
+    """One run from random coordinates; also the log evidence of the held-out images."""
+    n = len(held_out)
+    j = min(settings.max_components, n // IMAGES_PER_COMPONENT)
+    rng = torch.Generator().manual_seed(settings.seed)
+    where = Posterior.start(torch.randn(n, j, generator=rng, dtype=torch.float64))
+    spread = FIRST_SCALE_SPREAD if settings.contrast else 0.0
+    fit = Fit(known=Known(posterior=where, poses=poses, scale_spread=spread), level=replace(start))
+    for iteration in range(settings.als_iterations + settings.coarse_iterations):
+        als = iteration < settings.als_iterations
+        learnt = ~fit.posterior.is_noise & ~held_out
+        warm = iteration > settings.als_iterations
+        fit.known = iterate(fit.level, fit.known, learnt, settings, warm=warm, points_only=als)
+        fit.history.append(summary(start.images.level_px, iteration, fit.known, box_size_px))
+        report(_line(fit.history[-1]))
+    products, _ = look(fit.level, fit.known.poses, settings)
+    coefficients, spread = start.images.coefficients, fit.known.scale_spread
+    fit.supported, fit.gains = supported_components(products, coefficients, spread, held_out)
+    report(f"{fit.supported} of {j} components are supported by held-out images")
+    fit.known = replace(fit.known, posterior=fit.posterior.first(fit.supported))
+    fit.level.maps = fit.level.maps[: fit.supported + 1]
+    seen = products.of(held_out, fit.supported + 1)
+    return fit, posterior(seen, coefficients, spread).evidence
 
 
-def component_shares(components: int, settings: SubspaceSettings) -> Tensor:
-    """Prior power of the mean and of each component, as a share of the mean map's: `(J+1,)` float64."""
-    return torch.cat([torch.ones(1), torch.full((components,), settings.component_prior)]).double()
-
-
-def whitened(where: Posterior, maps: Tensor, counted: Tensor) -> tuple[Posterior, Tensor]:
-    """Coordinates of mean 0 and covariance 1 over the counted images, components by falling power."""
-    if where.z.shape[1] == 0:
-        return where, maps
-    z, covariance = where.z[counted], where.covariance[counted]
-    mean = z.mean(0)
-    moment = (z - mean).T @ (z - mean) / len(z) + covariance.mean(0)
-    values, vectors = torch.linalg.eigh(moment)
-    root = values.clamp(min=1e-12).sqrt()
-    components = maps[1:].double().flatten(1)
-    centre = maps[0].double() + (mean @ components).reshape(maps[0].shape)
-    components = (vectors * root).T @ components
-    _, turn = torch.linalg.eigh(components @ components.T)
-    turn = turn.flip(1)
-    components = turn.T @ components
-    moved = replace(where, z=where.z - mean)
-    volumes = torch.cat([centre[None], components.reshape(-1, *centre.shape)]).to(maps)
-    return moved.turned((vectors / root) @ turn), volumes
+def _place(
+    fit: Fit, stack: Stack, rows: NDArray[np.int64], some: NDArray[np.int64], settings: SubspaceSettings
+) -> None:
+    """Where all rows lie, from maps that some of them made."""
+    known = fit.known
+    images = LevelImages(stack, rows, fit.level.images.level_px, white=settings.white_noise)
+    level = replace(fit.level, images=images)
+    poses = None if known.poses is None else known.poses.among(len(rows), some)
+    for _ in range(1 if poses is None else PLACING_ROUNDS):
+        level.images = images.posed(poses)
+        products, answer = look(level, poses, settings)
+        where = posterior(products, images.coefficients, known.scale_spread)
+        if poses is not None and answer is not None:
+            poses = poses.answered(answer, where.z)
+    fit.known, fit.level = replace(known, posterior=where, poses=poses), level
 
 
 def supported_components(
@@ -274,45 +191,38 @@ def supported_components(
     j = products.gram.shape[-1] - 1
     if not bool(held_out.any()):
         return j, []
-    seen = InnerProducts(
-        gram=products.gram[held_out], inner=products.inner[held_out], power=products.power[held_out]
-    )
-    best, kept, gains = posterior(_leading(seen, 0), coefficients, scale_spread).evidence, 0, []
+    best = posterior(products.of(held_out, 1), coefficients, scale_spread).evidence
+    kept, gains = 0, []
     for count in range(1, j + 1):
-        evidence = posterior(_leading(seen, count), coefficients, scale_spread).evidence
+        evidence = posterior(products.of(held_out, count + 1), coefficients, scale_spread).evidence
         gain = evidence - best
         mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
         gains.append((mean, error))
-        if mean > KEEP_ABOVE_SE * error:
+        if mean > SURE_ABOVE_SE * error:
             best, kept = evidence, count
     return kept, gains
 
 
-def _leading(products: InnerProducts, components: int) -> InnerProducts:
-    k = components + 1
-    return InnerProducts(gram=products.gram[:, :k, :k], inner=products.inner[:, :k], power=products.power)
-
-
-def _first(where: Posterior, components: int) -> Posterior:
-    covariance = where.covariance[:, :components, :components]
-    return replace(where, z=where.z[:, :components], covariance=covariance)
-
-
-def summary(level_px: int, iteration: int, where: Posterior, scale_spread: float) -> dict[str, float]:
+def summary(level_px: int, iteration: int, known: Known, box_size_px: int) -> dict[str, float]:
     """One line of the log of the fit."""
-    return {
+    where, poses = known.posterior, known.poses
+    entry = {
         "level_px": level_px,
         "iteration": iteration,
         "loss": float(where.loss.mean()),
         "evidence": float(where.evidence.mean()),
-        "scale_spread": scale_spread,
+        "scale_spread": known.scale_spread,
         "noise_images": int(where.is_noise.sum()),
     }
+    if poses is not None:
+        entry |= {"pose_shift_px": poses.shift_spread * box_size_px}
+    return entry
 
 
 def _line(entry: dict[str, float]) -> str:
+    offsets = f", shifts off by {entry['pose_shift_px']:.2f} px" if "pose_shift_px" in entry else ""
     return (
         f"{entry['level_px']:.0f} px, iteration {entry['iteration']:.0f}: loss {entry['loss']:.4f}, log "
         f"evidence {entry['evidence']:.2f} an image, contrast spread {entry['scale_spread']:.3f}, "
-        f"{entry['noise_images']:.0f} images like noise"
+        f"{entry['noise_images']:.0f} images like noise{offsets}"
     )

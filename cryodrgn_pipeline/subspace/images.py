@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from cryodrgn_pipeline.fourier_images import SMALLEST_NOISE, FourierImages, stre
 
 if TYPE_CHECKING:
     from cryodrgn_pipeline.stack import Stack
+    from cryodrgn_pipeline.subspace.poses import PoseOffsets
 
 KEPT_BYTES = 2 * 2**30
 
@@ -30,18 +32,25 @@ class LevelImages:
     """Rows of a stack, seen up to the Nyquist frequency of a smaller box.
 
     `plane`, `weight` `(groups, P)`: one over the noise power |F|² of each optics group; DC, which is its own
-    mirror image, counts half.
+    mirror image, counts half. `poses`, where known, correct the images.
     """
 
     def __init__(self, stack: Stack, rows: NDArray[np.int64], level_px: int, *, white: bool = False) -> None:
         self.stack, self.rows, self.level_px = stack, rows, level_px
         self.plane = level_plane(stack.box_size_px, level_px)
         self.weight, self.groups = noise_precision(stack.noise, self.plane, white=white)
-        self._kept: list[tuple[slice, FourierImages]] | None = None
+        self.poses: PoseOffsets | None = None
+        self._kept: list[tuple[slice, FourierImages]] = []
         self._keep = len(rows) * len(self.plane) * 12 <= KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def posed(self, poses: PoseOffsets | None) -> LevelImages:
+        """The same images with their poses corrected by these offsets, not by others."""
+        other = copy.copy(self)
+        other.poses = poses
+        return other
 
     @property
     def coefficients(self) -> int:
@@ -49,8 +58,12 @@ class LevelImages:
         return 2 * len(self.plane) - 1
 
     def chunks(self) -> Iterator[tuple[slice, FourierImages]]:
-        """The images in chunks: their place in `rows`, and their data."""
-        if self._kept is not None:
+        """The images in chunks, their poses corrected: their place in `rows`, and their data."""
+        for part, images in self._as_given():
+            yield part, images if self.poses is None else self.poses.applied(images, part)
+
+    def _as_given(self) -> Iterator[tuple[slice, FourierImages]]:
+        if self._kept:
             yield from self._kept
             return
         kept = []
@@ -59,7 +72,7 @@ class LevelImages:
                 kept.append((part, images))
             yield part, images
         if self._keep:
-            self._kept = kept
+            self._kept.extend(kept)  # the list is shared with `posed` copies
 
 
 def noise_precision(

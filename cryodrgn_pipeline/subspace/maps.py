@@ -13,13 +13,8 @@ from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
 from cryodrgn_pipeline.models.linear import LinearModel, factors
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import BasisLatents
-from cryodrgn_pipeline.subspace.fit import (
-    Fit,
-    SubspaceSettings,
-    accumulate,
-    component_shares,
-    start_level,
-)
+from cryodrgn_pipeline.subspace.em import SubspaceSettings, accumulate, component_shares, start_level
+from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.solve import solve
 
 log = logging.getLogger(__name__)
@@ -113,7 +108,7 @@ def regressed_maps(
     used = ~where.is_noise
     state = fit.level
     if state.lattice.box_size_px != d:
-        state = fit.level = start_level(stack, rows, d, used, settings)
+        state = fit.level = start_level(stack, rows, d, used, fit.known.poses, settings)
     squared = (where.scale**2 + where.scale_variance) * used
     second = weights[:, :, None] * weights[:, None] * squared[:, None, None]
     right, normal = accumulate(state.images, d, weights * (where.scale * used)[:, None], second, settings)

@@ -27,6 +27,14 @@ class Posterior:
     evidence: Tensor
     loss: Tensor
 
+    @classmethod
+    def start(cls, z: Tensor) -> Posterior:
+        """Images at given coordinates `(N, J)`, taken as certain."""
+        n, j = z.shape
+        one, zero = torch.ones(n, dtype=z.dtype), torch.zeros(n, dtype=z.dtype)
+        covariance = torch.zeros(n, j, j, dtype=z.dtype)
+        return cls(z=z, covariance=covariance, scale=one, scale_variance=zero, evidence=zero, loss=one)
+
     @property
     def is_noise(self) -> Tensor:
         """`(N,)` bool: images that are e⁴ times likelier to show noise than the particle.
@@ -44,6 +52,11 @@ class Posterior:
         """With contrasts of mean 1 over the images that show the particle: the maps take up the rest."""
         mean = self.scale[~self.is_noise].mean()
         return replace(self, scale=self.scale / mean, scale_variance=self.scale_variance / mean**2)
+
+    def first(self, components: int) -> Posterior:
+        """What it says about the first components."""
+        covariance = self.covariance[:, :components, :components]
+        return replace(self, z=self.z[:, :components], covariance=covariance)
 
     def turned(self, turn: Tensor) -> Posterior:
         """In the coordinates z' = z @ `turn` `(J, J)`."""
@@ -90,7 +103,7 @@ def posterior(products: InnerProducts, coefficients: int, scale_spread: float) -
             scale = ((one * inner).sum(1) + scale_spread**-2) * scale_variance
             squared_scale = scale**2 + scale_variance
     one = torch.cat([torch.ones_like(inner[:, :1]), z], dim=1)
-    explained = 2 * scale * (one * inner).sum(1) - squared_scale * quadratic
+    explained = products.gain + 2 * scale * (one * inner).sum(1) - squared_scale * quadratic
     spent = (z**2).sum(1) + covariance.diagonal(dim1=1, dim2=2).sum(1) - torch.logdet(covariance) - j
     if scale_spread > 0:
         ratio = scale_variance / scale_spread**2

@@ -24,7 +24,8 @@ from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import train_basis
-from cryodrgn_pipeline.subspace.fit import Fit, SubspaceSettings, fit_subspace
+from cryodrgn_pipeline.subspace.em import SubspaceSettings
+from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
@@ -96,7 +97,9 @@ def train_subspace(request: SubspaceRequest) -> None:
             learnt = Learnt(model=model, columns=_linear_columns(fit, model, request.latent_dim))
         save_model(run / MODEL_FILE, learnt.model)
         ids = {"particle_id": stack.particles.particle_id[rows]}
-        write_columns(run / "latent.parquet", ids | learnt.columns)
+        poses = fit.known.poses
+        offsets = {} if poses is None else poses.columns(stack.box_size_px * stack.pixel_size_a)
+        write_columns(run / "latent.parquet", ids | learnt.columns | offsets)
         _write_metrics(run, fit)
         seconds = time.monotonic() - started
         write_json(run / MANIFEST, _manifest(request, stack, fit, described, fingerprint, seconds))
@@ -156,6 +159,19 @@ def _write_metrics(run: Path, fit: Fit) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _pose_offsets(fit: Fit, stack: Stack) -> dict[str, Any] | None:
+    """Whether poses were corrected, by how much, and what offsets gained; None where they were not tried."""
+    if fit.pose_gain is None:
+        return None
+    poses, (mean, error) = fit.known.poses, fit.pose_gain
+    box_size_a = stack.box_size_px * stack.pixel_size_a
+    return {
+        "corrected": poses is not None,
+        "shift_spread_a": None if poses is None else poses.shift_spread * box_size_a,
+        "held_out_gain": {"mean": mean, "standard_error": error},
+    }
+
+
 def _manifest(
     request: SubspaceRequest,
     stack: Stack,
@@ -178,7 +194,8 @@ def _manifest(
         "components": fit.supported,
         "components_tried": described["settings"]["max_components"],
         "held_out_gain": [{"mean": mean, "standard_error": error} for mean, error in fit.gains],
-        "contrast_spread": fit.scale_spread,
+        "contrast_spread": fit.known.scale_spread,
+        "pose_offsets": _pose_offsets(fit, stack),
         "noise_images": int(fit.posterior.is_noise.sum()),
         "settings": described["settings"],
         "device": "cpu",

@@ -116,12 +116,28 @@ class InnerProducts:
     """How B images see K maps, all weighted by one over the noise power and counted over both half planes.
 
     `gram` `(B, K, K)` of the CTF-filtered slices; `inner` `(B, K)` of slices and image; `power` `(B,)` of the
-    image. With these −2 log p(image | factors a) = power − 2 a·inner + aᵀ gram a + const.
+    image. With these −2 log p(image | factors a) = power − gain − 2 a·inner + aᵀ gram a + const, where `gain`
+    `(B,)` is what was explained otherwise.
     """
 
     gram: Tensor
     inner: Tensor
     power: Tensor
+    gain: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[InnerProducts]) -> InnerProducts:
+        """Those of several chunks as one."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
+
+    def of(self, images: Tensor, maps: int) -> InnerProducts:
+        """Those of some images with the first maps alone."""
+        return InnerProducts(
+            gram=self.gram[images, :maps, :maps],
+            inner=self.inner[images, :maps],
+            power=self.power[images],
+            gain=self.gain[images],
+        )
 
 
 def grid_columns(grids: Tensor) -> Tensor:
@@ -166,7 +182,12 @@ def inner_products(
         inner = torch.stack([(weighted * (s.conj() * images.coefficients).real).sum(1) for s in samples], 1)
         stacked = torch.stack(samples, 1)
         gram = torch.einsum("bjp,bkp->bjk", (weighted[:, None] * stacked).conj(), stacked).real
-    return InnerProducts(gram=2 * gram.double(), inner=2 * inner.double(), power=2 * power.double())
+    return InnerProducts(
+        gram=2 * gram.double(),
+        inner=2 * inner.double(),
+        power=2 * power.double(),
+        gain=torch.zeros(count, dtype=torch.float64),
+    )
 
 
 def _as_arrays(images: FourierImages, weight: Tensor) -> tuple[NDArray[Any], ...]:

@@ -1,0 +1,212 @@
+"""One iteration of expectation maximisation at one level: maps from coordinates, coordinates from maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.images import LevelImages
+from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, marginalised, moves
+from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
+from cryodrgn_pipeline.subspace.solve import Lattice, solve
+from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack
+from cryodrgn_pipeline.subspace.support import support_mask
+
+SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubspaceSettings:
+    """`max_components` are tried, those that held-out images support are kept; iterations per level are
+    those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
+    `component_prior` is the power of a component, per shell, as a share of the mean map's; `pose_offsets`:
+    ask the images whether their poses are right.
+    """
+
+    max_components: int = 8
+    als_iterations: int = 4
+    coarse_iterations: int = 6
+    fine_iterations: int = 2
+    cg_iterations: int = 4
+    component_prior: float = 0.6
+    held_out_fraction: float = 0.1
+    contrast: bool = True
+    pose_offsets: bool = True
+    white_noise: bool = False
+    seed: int = 0
+    kernel: str = "auto"
+
+
+@dataclass(slots=True)
+class LevelState:
+    """One level's lattice, prior `(D/2+1,)` of the mean map, and maps `(K, D, D, D)` once there are any."""
+
+    images: LevelImages
+    lattice: Lattice
+    mean_power: Tensor
+    maps: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of N images: where they lie, how far their poses are off (None: not asked), and the
+    spread of their contrasts (0: all are 1).
+    """
+
+    posterior: Posterior
+    poses: PoseOffsets | None
+    scale_spread: float
+
+
+def accumulate(
+    images: LevelImages,
+    box_size_px: int,
+    linear: Tensor,
+    second: Tensor,
+    settings: SubspaceSettings,
+) -> tuple[Tensor, Tensor]:
+    """The normal equations of all images for factors `(N, K)` and their second moments `(N, K, K)`."""
+    sums = NormalEquations(box_size_px, linear.shape[1], kernel=settings.kernel)
+    packed = pack(second)
+    for part, chunk in images.chunks():
+        sums.add(chunk, images.weight, linear[part], packed[part])
+    return sums.complete()
+
+
+def start_level(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    level_px: int,
+    used: Tensor,
+    poses: PoseOffsets | None,
+    settings: SubspaceSettings,
+) -> LevelState:
+    """The mean map of a level, its shell powers and the mask that it gives."""
+    images = LevelImages(stack, rows, level_px, white=settings.white_noise).posed(poses)
+    lattice = Lattice(level_px)
+    ones = used[:, None].double()
+    right, normal = accumulate(images, level_px, ones, ones[:, None], settings)
+    power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior
+    mean = torch.zeros(0)
+    for round_number in range(3):
+        mean = solve(
+            lattice, right, normal, power, iterations=settings.cg_iterations + 2, kernel=settings.kernel
+        )
+        if round_number:
+            lattice.mask = support_mask(mean[0])
+        shells = lattice.shell_power(mean * lattice.mask) / lattice.mask_fraction
+        power = shells.clamp(min=1e-3 * float(shells[0, 1:].min()))
+    return LevelState(images=images, lattice=lattice, mean_power=power[0], maps=mean)
+
+
+def look(
+    state: LevelState, poses: PoseOffsets | None, settings: SubspaceSettings
+) -> tuple[InnerProducts, PoseAnswer | None]:
+    """What all images say about the maps, pose offsets integrated out, and about those: one pass."""
+    lattice, images = state.lattice, state.images
+    maps = state.maps if poses is None else torch.cat([state.maps, moves(state.maps[0] * lattice.mask)])
+    columns = lattice.columns(maps)
+    seen: list[InnerProducts] = []
+    answers: list[PoseAnswer] = []
+    for part, chunk in images.chunks():
+        products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
+        if poses is not None:
+            products, answer = marginalised(products, poses, part)
+            answers.append(answer)
+        seen.append(products)
+    return InnerProducts.joined(seen), PoseAnswer.joined(answers) if answers else None
+
+
+def iterate(
+    state: LevelState,
+    known: Known,
+    learnt: Tensor,
+    settings: SubspaceSettings,
+    *,
+    warm: bool,
+    points_only: bool = False,
+) -> Known:
+    """Solve for the maps of a level, then look where the images lie.
+
+    Parameters
+    ----------
+    learnt
+        `(N,)` bool: images that maps are made of; the others are only placed.
+    warm
+        Go on from the maps that are there.
+    points_only
+        Alternating least squares: coordinates count as if they were certain, contrasts and poses stay.
+    """
+    state.maps = solve_components(
+        state, known.posterior, learnt, settings, start=state.maps if warm else None
+    )
+    products, answer = look(state, known.poses, settings)
+    spread, poses = known.scale_spread, known.poses
+    where = posterior(products, state.images.coefficients, 0 if points_only else spread)
+    if points_only:
+        where.covariance.zero_()
+    elif poses is not None and answer is not None:
+        poses = poses.answered(answer, where.z).centred(answer, learnt)
+        state.images = state.images.posed(poses)
+    where, state.maps = whitened(where, state.maps, learnt)
+    if spread and not points_only:
+        where = where.rescaled()
+        good = ~where.is_noise
+        moment = (where.scale[good] - 1) ** 2 + where.scale_variance[good]
+        spread = min(max(float(moment.mean()) ** 0.5, SMALLEST_SCALE_SPREAD), LARGEST_SCALE_SPREAD)
+    return Known(posterior=where, poses=poses, scale_spread=spread)
+
+
+def solve_components(
+    state: LevelState,
+    where: Posterior,
+    learnt: Tensor,
+    settings: SubspaceSettings,
+    *,
+    start: Tensor | None = None,
+) -> Tensor:
+    """M-step: the maps `(J+1, D, D, D)` that explain the images best where these now lie."""
+    linear, second = where.factors()
+    linear, second = linear * learnt[:, None], second * learnt[:, None, None]
+    level_px, j = state.lattice.box_size_px, where.z.shape[1]
+    right, normal = accumulate(state.images, level_px, linear, second, settings)
+    prior = component_shares(j, settings)[:, None] * state.mean_power
+    return solve(
+        state.lattice,
+        right,
+        normal,
+        prior,
+        start=start,
+        iterations=settings.cg_iterations,
+        kernel=settings.kernel,
+    )
+
+
+def component_shares(components: int, settings: SubspaceSettings) -> Tensor:
+    """Prior power of the mean and of each component, as a share of the mean map's: `(J+1,)` float64."""
+    return torch.cat([torch.ones(1), torch.full((components,), settings.component_prior)]).double()
+
+
+def whitened(where: Posterior, maps: Tensor, counted: Tensor) -> tuple[Posterior, Tensor]:
+    """Coordinates of mean 0 and covariance 1 over the counted images, components by falling power."""
+    if where.z.shape[1] == 0:
+        return where, maps
+    z, covariance = where.z[counted], where.covariance[counted]
+    mean = z.mean(0)
+    moment = (z - mean).T @ (z - mean) / len(z) + covariance.mean(0)
+    values, vectors = torch.linalg.eigh(moment)
+    root = values.clamp(min=1e-12).sqrt()
+    components = maps[1:].double().flatten(1)
+    centre = maps[0].double() + (mean @ components).reshape(maps[0].shape)
+    components = (vectors * root).T @ components
+    _, turn = torch.linalg.eigh(components @ components.T)
+    turn = turn.flip(1)
+    components = turn.T @ components
+    moved = replace(where, z=where.z - mean)
+    volumes = torch.cat([centre[None], components.reshape(-1, *centre.shape)]).to(maps)
+    return moved.turned((vectors / root) @ turn), volumes
