@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 from tiny_run import make_latent
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.io.runs import read_covariances, read_latents, read_metrics, read_z
 from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
-from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.cluster import distinct_groups, kmeans_centers
 from cryodrgn_pipeline.landscape.density import inside_region, latent_region
 from cryodrgn_pipeline.landscape.embed import principal_components, umap_embedding
 from cryodrgn_pipeline.landscape.outliers import junk_scores, robust_z_score
@@ -61,6 +62,32 @@ def test_kmeans_gives_the_same_result_twice():
     first, second = kmeans_centers(z, 10, seed=5), kmeans_centers(z, 10, seed=5)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_distinct_groups_are_found_with_their_number():
+    rng = np.random.default_rng(8)
+    means = rng.normal(size=(5, 4)) * [6, 6, 6, 0.01]
+    truth = np.repeat(np.arange(5), [400, 300, 200, 100, 60])
+    z = means[truth] + rng.normal(size=(len(truth), 4)) * [1, 0.5, 0.5, 0.01]
+    junk = rng.normal(size=(200, 4)) * 8  # asked for a group, makes none
+    labels = distinct_groups(np.concatenate([z, junk]), np.arange(1260) < 1060)
+    assert labels is not None
+    assert adjusted_rand_score(truth, labels[:1060]) > 0.99
+
+
+@pytest.mark.parametrize("shape", ["line", "cloud", "arc", "two states that each move", "one point"])
+def test_a_continuum_is_not_taken_for_groups(shape):
+    rng = np.random.default_rng(9)
+    along = rng.uniform(-1, 1, size=2000)
+    z = {
+        "line": np.stack([5 * along, 0 * along, 0 * along], axis=1),
+        "cloud": 3 * rng.normal(size=(2000, 3)),
+        "arc": np.stack([5 * np.cos(2 * along), 5 * np.sin(2 * along), 0 * along], axis=1),
+        "two states that each move": np.stack([8 * along, 4 * (rng.random(2000) < 0.5), 0 * along], axis=1),
+        "one point": np.zeros((2000, 3)),
+    }[shape]
+    noise = 0.0 if shape == "one point" else 0.4
+    assert distinct_groups(z + noise * rng.normal(size=z.shape), np.ones(2000, dtype=bool)) is None
 
 
 def test_kmeans_refuses_a_latent_with_nan():

@@ -16,7 +16,12 @@ Run = Annotated[Path, typer.Argument(help="Folder that train wrote.", show_defau
 @app.command("analyze", rich_help_panel=RESULTS)
 def analyze(
     run: Run,
-    clusters: Annotated[int, typer.Option(help="Number of k-means clusters.")] = 20,
+    clusters: Annotated[
+        str,
+        typer.Option(
+            help="Number of k-means clusters; auto: distinct groups where particles fall into such, else 20."
+        ),
+    ] = "auto",
     pcs: Annotated[int, typer.Option(help="Principal components to make traversals along.")] = 2,
     points: Annotated[int, typer.Option(help="Points per traversal.")] = 10,
     snap: Annotated[
@@ -36,7 +41,9 @@ def analyze(
     ] = 200_000,
     junk_threshold: Annotated[
         float,
-        typer.Option(help="Robust standard deviations of loss or |z| above which a particle is flagged."),
+        typer.Option(
+            help="Robust standard deviations of evidence, loss or |z| beyond which a particle is flagged."
+        ),
     ] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of k-means and UMAP.")] = 0,
 ) -> None:
@@ -52,7 +59,7 @@ def analyze(
     from cryodrgn_pipeline.landscape.analysis import AnalysisSettings, analyze_run
 
     settings = AnalysisSettings(
-        clusters=clusters,
+        clusters=_cluster_count(clusters),
         pcs=pcs,
         points=points,
         snap=snap,
@@ -183,6 +190,14 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"{option} {text!r}: whole numbers separated by commas expected, such as 0,3"
         ) from error
+
+
+def _cluster_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"--clusters {text!r}: auto or a whole number expected, such as 20")
+    return int(text)
 
 
 @app.command("evaluate", rich_help_panel=RESULTS)

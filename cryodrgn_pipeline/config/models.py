@@ -144,7 +144,9 @@ class Volumes(Section):
 class Analyze(Section):
     """PCA, clusters, UMAP, traversals and outliers of the latent table."""
 
-    clusters: Count = Field(20, description="k-means clusters; their centres are snapped to particles")
+    clusters: Literal["auto"] | Count = Field(
+        "auto", description="k-means clusters; auto: distinct groups where there are such, else 20"
+    )
     principal_components: Annotated[int, Field(ge=0)] = Field(
         2, description="latent traversals written, one per component"
     )

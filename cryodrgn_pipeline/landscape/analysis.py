@@ -21,7 +21,7 @@ from cryodrgn_pipeline.io.runs import (
     write_columns,
     write_z,
 )
-from cryodrgn_pipeline.landscape.cluster import kmeans_centers
+from cryodrgn_pipeline.landscape.cluster import PARTS, distinct_groups, kmeans_centers, labelled_centers
 from cryodrgn_pipeline.landscape.density import LatentRegion, latent_region
 from cryodrgn_pipeline.landscape.embed import (
     UMAP_FEWEST,
@@ -40,9 +40,11 @@ OURS = ("particles.parquet", "centers.parquet", "centers.csv", "analysis.json", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalysisSettings:
-    """What `analyze` is asked for; `through` names the clusters the paths pass, None the farthest two."""
+    """What `analyze` is asked for; `clusters` None: distinct groups where there are any, else 20 parts;
+    `through` names the clusters the paths pass, None the farthest two.
+    """
 
-    clusters: int = 20
+    clusters: int | None = None
     pcs: int = 2
     points: int = 10
     snap: bool = False
@@ -53,7 +55,7 @@ class AnalysisSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.clusters < 1:
+        if self.clusters is not None and self.clusters < 1:
             raise ConfigError(f"--clusters {self.clusters}: at least 1 is needed")
         if self.pcs < 0:
             raise ConfigError(f"--pcs {self.pcs}: 0 or more expected")
@@ -99,8 +101,14 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
     latents = read_latents(run)
     log.info("%d particles, %d latent dimensions", len(latents), latents.z.shape[1])
     components = principal_components(latents.z)
-    centers, labels, rows = kmeans_centers(latents.z, settings.clusters, settings.seed)
-    region = latent_region(latents.z[well_fitted_rows(latents)], settings.seed)
+    fitted = well_fitted_rows(latents)
+    groups = None if settings.clusters else distinct_groups(latents.z, fitted, settings.seed)
+    if groups is None:
+        centers, labels, rows = kmeans_centers(latents.z, settings.clusters or PARTS, settings.seed)
+    else:
+        centers, labels, rows = labelled_centers(latents.z, groups)
+        log.info("the particles fall into %d distinct groups", len(centers))
+    region = latent_region(latents.z[fitted], settings.seed)
     through = _through(settings.through, centers, region)
     junk = junk_scores(latents.z, latents.loss, settings.junk_threshold, log_evidence=latents.log_evidence)
     umap = _umap(latents, settings)
@@ -115,6 +123,7 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
         "pc_mean": components.mean.tolist(),
         "pc_components": components.components.tolist(),
         "n_clusters": len(centers),
+        "distinct_groups": groups is not None,
         "n_junk": int(junk.flagged.sum()),
         "umap": umap is not None,
         "traversal_through": [int(label) for label in through],

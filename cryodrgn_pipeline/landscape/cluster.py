@@ -1,4 +1,7 @@
-"""k-means over the latent, with centres that are real particles and labels in a stable order."""
+"""Clusters of the latent, with centres that are real particles and labels in a stable order.
+
+Where particles fall into distinct groups, those are the clusters; a continuum is cut into even parts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,14 @@ from cryodrgn_pipeline.landscape.checks import require_finite
 
 # Above this many particles one k-means++ start is as good as ten and ten times faster.
 MANY_PARTICLES = 100_000
+
+PARTS = 20  # of a continuum
+MOST_GROUPS = 20
+PATIENCE = 4  # more groups that are tried in vain before the search ends
+GROUPING_PARTICLES = 10_000
+SURE = 0.98  # mean probability of a particle's own group, above which groups count as distinct
+BETWEEN = 0.5  # share of the variance that lies between distinct groups
+UNUSED = 0.05  # of the widest coordinate's spread: a narrower one says nothing
 
 
 def kmeans_centers(
@@ -59,8 +70,68 @@ def kmeans_centers(
     with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer points than clusters
         labels = model.fit_predict(points)
-    used, labels = np.unique(labels, return_inverse=True)
-    rows = _nearest_member(points, model.cluster_centers_[used], labels)
+    return labelled_centers(z, labels)
+
+
+def distinct_groups(
+    z: NDArray[np.floating], counted: NDArray[np.bool_], seed: int = 0
+) -> NDArray[np.int64] | None:
+    """The discrete states that particles fall into; None where they form a continuum.
+
+    Gaussian mixtures of 1 … 20 groups are fitted to at most 10,000 particles, the integrated completed
+    likelihood (Biernacki et al. 2000) chooses. Its groups count as distinct where particles belong to one of
+    them with a mean probability above 0.98 and most of the variance lies between them.
+
+    Parameters
+    ----------
+    z, counted
+        `(N, J)` coordinates, and the `(N,)` particles that make the groups; all are given one.
+
+    Returns
+    -------
+    `(N,)` the group of each particle, or None.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
+
+    require_finite(z)
+    some = np.flatnonzero(counted)
+    some = np.random.default_rng(seed).permutation(some)[:GROUPING_PARTICLES]
+    spread = z[some].std(axis=0) if len(some) else np.zeros(z.shape[1])
+    if not spread.any():
+        return None
+    used = spread > UNUSED * spread.max()
+    points = np.asarray(z[:, used], dtype=np.float64) / spread[used]
+    chosen, best, sure = None, np.inf, 0.0
+    most = min(MOST_GROUPS, len(some) // (10 * points.shape[1]))
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for count in range(1, most + 1):
+            mixture = GaussianMixture(count, n_init=2, random_state=seed, reg_covar=1e-4).fit(points[some])
+            probability = mixture.predict_proba(points[some])
+            doubt = -(probability * np.log(np.maximum(probability, 1e-300))).sum()
+            criterion = mixture.bic(points[some]) + 2 * doubt
+            if criterion < best:
+                chosen, best, sure = mixture, criterion, float(probability.max(axis=1).mean())
+            elif chosen is not None and count > chosen.n_components + PATIENCE:
+                break
+        if chosen is None or chosen.n_components == 1 or sure < SURE:
+            return None
+        labels = chosen.predict(points)
+    inside = z[some] - _means(z[some], np.unique(labels[some], return_inverse=True)[1])
+    if (inside**2).sum() > (1 - BETWEEN) * len(some) * (spread**2).sum():
+        return None
+    return np.asarray(labels, dtype=np.int64)
+
+
+def labelled_centers(
+    z: NDArray[np.floating], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]:
+    """Centres, labels and rows as `kmeans_centers` gives them, of any partition `(N,)`."""
+    points = np.asarray(z, dtype=np.float64)
+    labels = np.unique(labels, return_inverse=True)[1]
+    rows = _nearest_member(points, _means(points, labels), labels)
     order = _neighbours_first(points[rows])
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
@@ -68,12 +139,18 @@ def kmeans_centers(
     return np.asarray(z, dtype=np.float32)[rows], rank[labels], rows
 
 
+def _means(points: NDArray[np.floating], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The mean of its cluster at each of the points, `(N, J)`."""
+    sums = np.stack([np.bincount(labels, column) for column in points.T], axis=1)
+    return np.asarray((sums / np.bincount(labels)[:, None])[labels], dtype=np.float64)
+
+
 def _nearest_member(
     points: NDArray[np.float64], means: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    distance = ((points - means[labels]) ** 2).sum(axis=1)
+    distance = ((points - means) ** 2).sum(axis=1)
     by_cluster_then_distance = np.lexsort((distance, labels))
-    first = np.searchsorted(labels[by_cluster_then_distance], np.arange(len(means)))
+    first = np.searchsorted(labels[by_cluster_then_distance], np.arange(labels.max() + 1))
     return by_cluster_then_distance[first].astype(np.int64)
 
 
