@@ -128,7 +128,7 @@ def test_the_toeplitz_operator_is_slicing_and_splatting_back(case) -> None:
     sums.add(images, noise, ones, ones)
     lattice = Lattice(BOX)
     _, normal = sums.complete()
-    operator = lattice.operator_weights(normal)[0][:, 0].reshape(lattice.shape)
+    operator = lattice.operator_weights(normal, exact=True)[0][:, 0].reshape(lattice.shape)
     by_product = lattice.adjoint(lattice.spectra(maps[:1]) * operator)
     again = NormalEquations(BOX, 1)
     where = slice_coordinates(images.plane, images.rotation, images.scale)

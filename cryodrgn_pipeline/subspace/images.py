@@ -24,8 +24,10 @@ KEPT_BYTES = 2 * 2**30
 def level_plane(box_size_px: int, level_px: int) -> HalfPlane:
     """The half plane of a D px box within the Nyquist frequency of `level_px`, with DC as its first point."""
     plane = half_plane(box_size_px, level_px / 2 - 0.01)
+    order = torch.argsort(plane.ky * box_size_px + plane.kx)  # neighbours in turn: they share memory
     zero = torch.zeros(1, dtype=plane.kx.dtype)
-    return HalfPlane(box_size_px=box_size_px, ky=torch.cat([zero, plane.ky]), kx=torch.cat([zero, plane.kx]))
+    ky, kx = (torch.cat([zero, k[order]]) for k in (plane.ky, plane.kx))
+    return HalfPlane(box_size_px=box_size_px, ky=ky, kx=kx)
 
 
 class LevelImages:

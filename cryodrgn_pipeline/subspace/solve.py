@@ -27,6 +27,9 @@ class Lattice:
         radius = grid_shells(self.size, device=device)
         self.shell = radius.round().long().clamp(max=d // 2).flatten()
         self.inside = (radius <= d / 2).flatten()
+        unpadded = grid_shells(d, 1, device=device)
+        self.unpadded_shell = unpadded.round().long().clamp(max=d // 2).flatten()
+        self.unpadded_inside = (unpadded <= d / 2).flatten()
         self.mask = torch.ones(d, d, d, device=device)
         wrapped = torch.fft.fftfreq(self.size, device=device)
         axis = 1 / torch.sinc(wrapped) ** 2
@@ -48,9 +51,11 @@ class Lattice:
 
     def adjoint(self, spectra: Tensor) -> Tensor:
         """The adjoint of `spectra`, counted over all frequencies: `(K, D, D, D)`."""
-        d = self.box_size_px
-        padded: Tensor = torch.fft.irfftn(spectra, s=(self.size,) * 3, dim=(-3, -2, -1), norm="forward")
-        return padded[:, :d, :d, :d]
+        d = self.box_size_px  # axis by axis, and what lies in the padding is dropped at once: half the time
+        planes = torch.fft.ifft(spectra, dim=-3, norm="forward")[:, :d]
+        lines = torch.fft.ifft(planes, dim=-2, norm="forward")[:, :, :d]
+        rows: Tensor = torch.fft.irfft(lines, n=self.size, dim=-1, norm="forward")
+        return rows[..., :d]
 
     def columns(self, maps: Tensor) -> Tensor:
         """The maps as `inner_products` reads them: `(G, 2K)` float32."""
@@ -65,25 +70,32 @@ class Lattice:
         inner = slice(edge, edge + d)
         return padded[:, inner, inner, inner] / self._apodisation
 
-    def operator_weights(self, normal: Tensor) -> tuple[Tensor, Tensor]:
+    def operator_weights(self, normal: Tensor, *, exact: bool) -> tuple[Tensor | None, Tensor]:
         """What packed splatted weights `(G, P)` do to masked maps, exactly and on the diagonal.
 
         Returns
         -------
-        The weights without the window that trilinear splatting put on them: the Toeplitz operator. And the
-        weights averaged over what the mask's transform cannot tell apart, `(G, P)` both: the operator's
-        diagonal blocks, since a grid point that no image touched is still known from its neighbours.
+        The weights without the window that trilinear splatting put on them, `(G, P)`: the Toeplitz operator,
+        if it is asked for. And the operator's diagonal blocks on the grid of the unpadded box, `(H, P)` with
+        H = D · D · (D/2+1): the weights averaged over what the mask's transform cannot tell apart, since a
+        grid point that no image touched is still known from its neighbours.
         """
+        d, axes = self.box_size_px, (-3, -2, -1)
         overlap = torch.fft.irfftn(self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3)
         overlap = overlap / overlap[0, 0, 0]
-        exact, diagonal = torch.empty_like(normal), torch.empty_like(normal)
+        operator = torch.empty_like(normal) if exact else None
+        diagonal = normal.new_empty(d * d * (d // 2 + 1), normal.shape[1])
         for part in torch.split(torch.arange(normal.shape[1]), FFTS_AT_ONCE):
             weights = normal[:, part].T.reshape(-1, *self.shape).to(torch.complex64)
-            kernels = torch.fft.irfftn(weights, s=(self.size,) * 3, dim=(-3, -2, -1))
-            for window, out in ((self._window, exact), (overlap, diagonal)):
-                spectra = torch.fft.rfftn(kernels * window, dim=(-3, -2, -1))
-                out[:, part] = spectra.real.flatten(1).T
-        return exact, diagonal
+            kernels = torch.fft.irfftn(weights, s=(self.size,) * 3, dim=axes)
+            if operator is not None:
+                operator[:, part] = torch.fft.rfftn(kernels * self._window, dim=axes).real.flatten(1).T
+            # every second frequency of the padded box: the transform of its halves laid on each other
+            folded = kernels * overlap
+            for axis in axes:
+                folded = folded.narrow(axis, 0, d) + folded.narrow(axis, d, d)
+            diagonal[:, part] = torch.fft.rfftn(folded, dim=axes).real.flatten(1).T
+        return operator, diagonal
 
     def shell_power(self, maps: Tensor) -> Tensor:
         """Mean |F|² per shell 0 … D/2 of `(K, D, D, D)` maps, `(K, D/2+1)` float64."""
@@ -133,31 +145,36 @@ def solve(
     use_numba = compiled(kernel, normal.device)
     ridge = (1 / prior).T.to(normal)  # (D/2+1, K)
     at_shell = torch.cat([ridge, ridge.amax().mul(BEYOND).expand(1, maps)])
-    shell = torch.where(lattice.inside, lattice.shell, len(ridge))
-    operator, blocks = lattice.operator_weights(normal)
-    inverse = _inverse(blocks, at_shell, shell, use_numba)
-    if iterations:
-        diagonal = [j * (j + 3) // 2 for j in range(maps)]
-        operator[:, diagonal] += at_shell[shell]
-    mask = lattice.mask
-
-    def filtered(volumes: Tensor, packed: Tensor) -> Tensor:
-        spectra = lattice.spectra(volumes * mask)
-        product = _apply(packed, spectra.flatten(1), use_numba).reshape(spectra.shape)
-        return lattice.adjoint(product) * mask
+    operator, blocks = lattice.operator_weights(normal, exact=iterations > 0)
+    unpadded_shell = torch.where(lattice.unpadded_inside, lattice.unpadded_shell, len(ridge))
+    inverse = _inverse(blocks, at_shell, unpadded_shell, use_numba)
+    mask, d = lattice.mask, lattice.box_size_px
 
     def preconditioned(volumes: Tensor) -> Tensor:
-        return filtered(volumes, inverse) / lattice.size**6
+        """The inverse of the operator's diagonal blocks, on the unpadded grid."""
+        spectra = torch.fft.rfftn(volumes * mask, dim=(-3, -2, -1))
+        product = _apply(inverse, spectra.flatten(1), use_numba).reshape(spectra.shape)
+        # unnormalised transforms both ways, and the padded grid has 8 points for each of these
+        result: Tensor = torch.fft.irfftn(product, s=(d,) * 3, dim=(-3, -2, -1)) * mask / lattice.size**3
+        return result
 
     target = lattice.right_hand_side(right) * mask
-    if not iterations:
+    if operator is None:
         return preconditioned(target)
+    shell = torch.where(lattice.inside, lattice.shell, len(ridge))
+    operator[:, [j * (j + 3) // 2 for j in range(maps)]] += at_shell[shell]
+
+    def applied(volumes: Tensor) -> Tensor:
+        spectra = lattice.spectra(volumes * mask)
+        product = _apply(operator, spectra.flatten(1), use_numba).reshape(spectra.shape)
+        return lattice.adjoint(product) * mask
+
     x = preconditioned(target) if start is None else start.clone()
-    residual = target - filtered(x, operator)
+    residual = target - applied(x)
     direction = z = preconditioned(residual)
     rz = _dot(residual, z)
     for _ in range(iterations):
-        image = filtered(direction, operator)
+        image = applied(direction)
         curvature = _dot(direction, image)
         if not curvature > 0 or not rz > 0:
             break  # rounding has the last word: converged
