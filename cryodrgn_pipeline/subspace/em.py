@@ -94,9 +94,8 @@ def start_level(
     power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior
     mean = torch.zeros(0)
     for round_number in range(3):
-        mean = solve(
-            lattice, right, normal, power, iterations=settings.cg_iterations + 2, kernel=settings.kernel
-        )
+        iterations = settings.cg_iterations + 2 if round_number else 0  # the first only weighs the shells
+        mean = solve(lattice, right, normal, power, iterations=iterations, kernel=settings.kernel)
         if round_number:
             lattice.mask = support_mask(mean[0])
         shells = lattice.shell_power(mean * lattice.mask) / lattice.mask_fraction
