@@ -64,7 +64,8 @@ def report(header: str, command: str, rows: list[Row], sets: dict[str, str]) -> 
         "Sets: " + "; ".join(told) + ".",
         "Trained by:\n\n" + "\n".join(f"- {line}" for line in trained),
         "Scores are FSC-AUC per image (100 particles): unmasked, union mask, moving mask; H is the headroom "
-        "between the consensus and an oracle that is told the true states. Wall time runs from import to "
+        "between the consensus and an oracle that is told the true states; junk: ROC-AUC of the junk score. "
+        "Wall time runs from import to "
         "the 100 volumes; of cryoDRGN it is the number of epochs times its fastest epoch, and CPU time and "
         "memory are those of drawing the volumes only, since its training is cached.",
         scores_table(rows),
@@ -97,22 +98,24 @@ def _named(values: dict[str, float]) -> str:
 def scores_table(rows: list[Row]) -> str:
     """Every final score, with the set's consensus and oracle."""
     lines = [
-        "| set | run | unmasked | union | moving | H | R² of the truth | ARI | leakage | wall s | CPU s | MB "
-        "| load |",
-        "|" + "---|" * 13,
+        "| set | run | unmasked | union | moving | H | R² of the truth | ARI | junk | leakage | wall s "
+        "| CPU s | MB | load |",
+        "|" + "---|" * 14,
     ]
     for name, group in by_set(final_rows(rows)):
         for end in ("consensus", "oracle"):
             known = group[0].references[end]
             scores = " | ".join(_number(known.get(mask)) for mask in MASKS)
-            lines.append(f"| {name} | {end} | {scores} |" + " – |" * 8)
+            lines.append(f"| {name} | {end} | {scores} |" + " – |" * 9)
         for row in group:
             scores = " | ".join(_number(row.fsc_auc.get(mask)) for mask in MASKS)
-            latent = (row.latent["r2"], row.latent.get("ari", {}), row.latent.get("leakage", {}))
+            told = {key: _named(row.latent.get(key, {})) for key in ("r2", "ari", "leakage")}
+            junk = _number(row.latent.get("junk_roc_auc"))
+            latent = (told["r2"], told["ari"], junk, told["leakage"])
             spent = f"{row.total_wall_s:.0f} | {sum(row.cpu_s.values()):.0f} | {row.peak_mb:.0f}"
             lines.append(
                 f"| {name} | {row.name} | {scores} | {_number(row.headroom, 2)} | "
-                f"{' | '.join(map(_named, latent))} | {spent} | {row.load:.1f} |"
+                f"{' | '.join(latent)} | {spent} | {row.load:.1f} |"
             )
     return "\n".join(lines)
 

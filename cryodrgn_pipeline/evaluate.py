@@ -246,8 +246,26 @@ def cluster_ari(run: Path, truth: Truth) -> dict[str, float]:
     }
 
 
+def junk_roc_auc(run: Path, truth: Truth) -> float | None:
+    """How well RUN/analysis's junk score tells the truth's junk: area under the ROC curve, 0.5 is chance.
+
+    None where the truth has no junk or the run was not analysed.
+    """
+    path = run / "analysis/particles.parquet"
+    if not path.is_file():
+        return None
+    columns = read_columns(path, "analyse the run with `cryodrgn-pipeline analyze`")
+    junk = truth.junk[truth.rows_of(columns["particle_id"])]
+    if not junk.any() or junk.all():
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(junk, columns["junk_score"]))
+
+
 def latent_scores(run: Path, truth: Truth) -> dict[str, Any]:
-    """R² of the true coordinates, ARI of discrete ones and leakage of a run; junk particles do not count.
+    """R² of the true coordinates, ARI of discrete ones, leakage of a run, and how well it tells junk, which
+    does not count for the others.
 
     A discrete coordinate of K values is predicted as K columns that are 0 or 1.
     """
@@ -262,6 +280,8 @@ def latent_scores(run: Path, truth: Truth) -> dict[str, Any]:
     scores: dict[str, Any] = {"particles": len(rows), "r2": latent_r2(z, coordinates)}
     if found := cluster_ari(run, truth):
         scores["ari"] = found
+    if (area := junk_roc_auc(run, truth)) is not None:
+        scores["junk_roc_auc"] = area
     view = [f"rotation_2{column}" for column in range(3)]
     if all(name in truth.table for name in (*view, "defocus_u_a")):
         direction = np.stack([truth.table[name][rows] for name in view], axis=1).astype(float)

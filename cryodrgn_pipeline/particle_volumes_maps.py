@@ -101,7 +101,7 @@ class Judge:
     """Scores maps against the images nearest to a target: −2 log likelihood, less that of no map."""
 
     def __init__(self, lattice: Lattice, nearest: KernelSums) -> None:
-        self.operator = lattice.operator_weights(nearest.weight.flatten()[:, None])[0][:, 0]
+        self.operator = lattice.toeplitz(nearest.weight.flatten()[:, None])[:, 0]
         images = lattice.right_hand_side(nearest.numerators)
         self.images = lattice.spectra(images).flatten(1) / lattice.size**3
         twice = torch.full((lattice.size // 2 + 1,), 2.0)  # the half of the spectrum that is not stored
@@ -145,7 +145,7 @@ def choose_widths(
         judge = Judge(lattice, kernel_sums(sums[other], kernels[0]))
         for width, kernel in enumerate(kernels):
             seen = kernel_sums(sums[one], kernel)
-            weight = lattice.operator_weights(seen.weight.flatten()[:, None])[1][:, 0].clamp(min=0)
+            weight = lattice.smoothed(seen.weight.flatten()[:, None])[:, 0].clamp(min=0)
             masked = lattice.right_hand_side(seen.numerators) * lattice.mask
             spectra = lattice.spectra(masked).flatten(1) / lattice.size**3
             for number, ridge in enumerate(ridges):
@@ -198,8 +198,8 @@ def residual_map(
         width, prior = choice
         both = kernel_sums(sums.sum(dim=0), kernels[width])
         weight = both.weight.flatten()[:, None]
-        right = both.numerators[RESIDUAL : RESIDUAL + 1]
-        found = solve(lattice, right, weight, priors[prior][None], iterations=CG_ITERATIONS)
+        back = lattice.right_hand_side(both.numerators[RESIDUAL : RESIDUAL + 1])
+        found = solve(lattice, back, weight, priors[prior][None], iterations=CG_ITERATIONS)
         solved[choice] = found[0] * lattice.mask
     parts = {band: solved[choice] for band, choice in enumerate(chosen) if choice is not None}
     return blended(parts, lattice.box_size_px)

@@ -256,11 +256,13 @@ def test_clusters_are_scored_against_the_species_without_junk(stacked, tmp_path)
     (run / "analysis").mkdir()
     cluster = np.where(table["junk"], 0, 7 - table["species"])  # other names, and nonsense for junk
     for found, expected in ((cluster, 1.0), (rng.permutation(cluster), 0.0)):
-        columns = {"particle_id": table["particle_id"], "cluster": found}
+        score = expected * table["junk"] + rng.random(len(table))
+        columns = {"particle_id": table["particle_id"], "cluster": found, "junk_score": score}
         pd.DataFrame(columns).to_parquet(run / "analysis/particles.parquet")
         scores = evaluate(None, made, run=run)["latent"]
         assert scores["ari"]["species"] == pytest.approx(expected, abs=0.02)
         assert scores["r2"]["species"] > 0.97
+        assert scores["junk_roc_auc"] == pytest.approx(0.5 + expected / 2, abs=0.15)
 
 
 def test_the_interval_of_a_paired_gain_excludes_nothing_gained():

@@ -268,6 +268,8 @@ def evaluate_verb(
         )
     for name, value in metrics.get("latent", {}).get("ari", {}).items():
         typer.echo(f"ARI of clusters and {name}  {value:.3f}")
+    if (area := metrics.get("latent", {}).get("junk_roc_auc")) is not None:
+        typer.echo(f"junk told by its score, ROC-AUC  {area:.3f}")
     for name, value in metrics.get("latent", {}).get("r2", {}).items():
         typer.echo(f"R2 of {name} from z  {value:.3f}")
     for name, value in metrics.get("latent", {}).get("leakage", {}).items():

@@ -173,9 +173,9 @@ def _solve_maps(
         factors = vae.factors(latents.z + drawn * latents.std)
         second += factors[:, :, None] * factors[:, None] / SAMPLES
     squared = (where.scale**2 + where.scale_variance) * learnt
-    right, normal = accumulate(
+    back, normal = accumulate(
         state.images,
-        state.lattice.box_size_px,
+        state.lattice,
         latents.factors * (where.scale * learnt)[:, None],
         second * squared[:, None, None],
         settings,
@@ -183,7 +183,7 @@ def _solve_maps(
     prior = component_shares(len(state.maps) - 1, settings)[:, None] * state.mean_power
     state.maps = solve(
         state.lattice,
-        right,
+        back,
         normal,
         prior,
         start=state.maps,

@@ -65,17 +65,19 @@ class Known:
 
 def accumulate(
     images: LevelImages,
-    box_size_px: int,
+    lattice: Lattice,
     linear: Tensor,
     second: Tensor,
     settings: SubspaceSettings,
+    *,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The normal equations of all images for factors `(N, K)` and their second moments `(N, K, K)`."""
-    sums = NormalEquations(box_size_px, linear.shape[1], kernel=settings.kernel)
+    """What `solve` needs of all images with factors `(N, K)` and their second moments `(N, K, K)`."""
+    sums = NormalEquations(lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel)
     packed = pack(second)
     for part, chunk in images.chunks():
         sums.add(chunk, images.weight, linear[part], packed[part])
-    return sums.complete()
+    return sums.complete(lattice)
 
 
 def start_level(
@@ -85,17 +87,20 @@ def start_level(
     used: Tensor,
     poses: PoseOffsets | None,
     settings: SubspaceSettings,
+    *,
+    exact: bool = True,
 ) -> LevelState:
-    """The mean map of a level, its shell powers and the mask that it gives."""
+    """The mean map of a level, its shell powers and the mask that it gives; `exact` as in `accumulate`."""
     images = LevelImages(stack, rows, level_px, white=settings.white_noise).posed(poses)
     lattice = Lattice(level_px)
     ones = used[:, None].double()
-    right, normal = accumulate(images, level_px, ones, ones[:, None], settings)
+    back, normal = accumulate(images, lattice, ones, ones[:, None], settings, exact=exact)
     power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior
     mean = torch.zeros(0)
     for round_number in range(3):
-        iterations = settings.cg_iterations + 2 if round_number else 0  # the first only weighs the shells
-        mean = solve(lattice, right, normal, power, iterations=iterations, kernel=settings.kernel)
+        # the first round only weighs the shells
+        iterations = settings.cg_iterations + 2 if exact and round_number else 0
+        mean = solve(lattice, back, normal.clone(), power, iterations=iterations, kernel=settings.kernel)
         if round_number:
             lattice.mask = support_mask(mean[0])
         shells = lattice.shell_power(mean * lattice.mask) / lattice.mask_fraction
@@ -172,12 +177,11 @@ def solve_components(
     """M-step: the maps `(J+1, D, D, D)` that explain the images best where these now lie."""
     linear, second = where.factors()
     linear, second = linear * learnt[:, None], second * learnt[:, None, None]
-    level_px, j = state.lattice.box_size_px, where.z.shape[1]
-    right, normal = accumulate(state.images, level_px, linear, second, settings)
-    prior = component_shares(j, settings)[:, None] * state.mean_power
+    back, normal = accumulate(state.images, state.lattice, linear, second, settings)
+    prior = component_shares(where.z.shape[1], settings)[:, None] * state.mean_power
     return solve(
         state.lattice,
-        right,
+        back,
         normal,
         prior,
         start=start,

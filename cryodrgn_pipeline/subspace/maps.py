@@ -16,12 +16,13 @@ from cryodrgn_pipeline.subspace.basis import BasisLatents
 from cryodrgn_pipeline.subspace.em import SubspaceSettings, accumulate, component_shares, start_level
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.solve import solve
+from cryodrgn_pipeline.subspace.sums import half_grid_points
 
 log = logging.getLogger(__name__)
 
 CURVED = 2
 CURVED_PRIOR = 0.05  # power of the maps of squares and products, as a share of the mean map's
-BUDGET_BYTES = 6 * 2**30
+BUDGET_BYTES = 8 * 2**30
 
 
 def linear_model(
@@ -31,7 +32,7 @@ def linear_model(
 
     Coordinates are taken at their posterior means, which is where volumes will be drawn. Their spreads stand
     to each other as the components' powers: distances between coordinates are distances between volumes. At
-    boxes whose normal equations would take more than 6 GiB, first the curved maps, then the exact solve are
+    boxes whose normal equations would take more than 8 GiB, first the curved maps, then the exact solve are
     left out.
     """
     where, d = fit.posterior, stack.box_size_px
@@ -65,7 +66,7 @@ def basis_model(
     """The network with maps at the stack's box, regressed on the factors at each image's z.
 
     The factors are turned to their principal axes; at boxes whose normal equations would take more than
-    6 GiB the weakest are left out, then the exact solve.
+    8 GiB the weakest are left out, then the exact solve.
     """
     d, iterations = stack.box_size_px, settings.cg_iterations + 1
     good = ~fit.posterior.is_noise
@@ -108,17 +109,24 @@ def regressed_maps(
     used = ~where.is_noise
     state = fit.level
     if state.lattice.box_size_px != d:
-        state = fit.level = start_level(stack, rows, d, used, fit.known.poses, settings)
+        state = fit.level = start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0)
     squared = (where.scale**2 + where.scale_variance) * used
     second = weights[:, :, None] * weights[:, None] * squared[:, None, None]
-    right, normal = accumulate(state.images, d, weights * (where.scale * used)[:, None], second, settings)
+    linear = weights * (where.scale * used)[:, None]
+    back, normal = accumulate(state.images, state.lattice, linear, second, settings, exact=iterations > 0)
     prior = shares[:, None] * state.mean_power
-    maps = solve(state.lattice, right, normal, prior, iterations=iterations, kernel=settings.kernel)
+    maps = solve(state.lattice, back, normal, prior, iterations=iterations, kernel=settings.kernel)
     return maps * state.lattice.mask
 
 
 def required_bytes(box_size_px: int, maps: int, iterations: int) -> int:
-    """Memory of the normal equations of K maps: packed weights in 2 (exact: 4) copies, and 6 spectra each."""
-    size = 2 * box_size_px
-    points = size * size * (size // 2 + 1)
-    return points * 4 * ((4 if iterations else 2) * maps * (maps + 1) // 2 + 6 * 2 * maps)
+    """Memory of the normal equations of K maps and of their solve.
+
+    Sums, weights of all pairs of maps, and transforms in work; without iterations the weights of pairs lie on
+    the unpadded grid, twice.
+    """
+    padded, unpadded = (half_grid_points(n * box_size_px) for n in (2, 1))
+    pairs = maps * (maps + 1) // 2
+    if iterations:
+        return 4 * padded * (pairs + 8 * maps + 32)
+    return 4 * (padded * (2 * maps + 8) + unpadded * (2 * pairs + 4 * maps))

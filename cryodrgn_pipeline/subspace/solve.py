@@ -6,14 +6,16 @@ operator: padding to 2 D makes its action on D³ voxels a product in Fourier spa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.fourier.slices import PADDING, gridding_window, volume_grid
 from cryodrgn_pipeline.reconstruct import grid_shells
-from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, pack, unpack
+from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, half_grid_points, pack, unpack
 
-FFTS_AT_ONCE = 8
+FFTS_AT_ONCE = 4
 BEYOND = 1e3  # times the strongest prior, where |k| > D/2 and no image says anything
 
 
@@ -70,32 +72,75 @@ class Lattice:
         inner = slice(edge, edge + d)
         return padded[:, inner, inner, inner] / self._apodisation
 
-    def operator_weights(self, normal: Tensor, *, exact: bool) -> tuple[Tensor | None, Tensor]:
-        """What packed splatted weights `(G, P)` do to masked maps, exactly and on the diagonal.
+    def toeplitz(self, normal: Tensor) -> Tensor:
+        """Packed splatted weights `(G, P)`, freed from the window of splatting: the exact operator."""
+        operator = torch.empty_like(normal)
+        for part, kernels in self._kernels(normal):
+            operator[:, part] = self._spectra_of(kernels * self._window)
+        return operator
 
-        Returns
-        -------
-        The weights without the window that trilinear splatting put on them, `(G, P)`: the Toeplitz operator,
-        if it is asked for. And the operator's diagonal blocks on the grid of the unpadded box, `(H, P)` with
-        H = D · D · (D/2+1): the weights averaged over what the mask's transform cannot tell apart, since a
-        grid point that no image touched is still known from its neighbours.
+    def smoothed(self, normal: Tensor) -> Tensor:
+        """Packed splatted weights `(G, P)`, averaged over what the mask's transform cannot tell apart.
+
+        A grid point that no image touched is still known from its neighbours.
+        """
+        result, overlap = torch.empty_like(normal), self._overlap()
+        for part, kernels in self._kernels(normal):
+            result[:, part] = self._spectra_of(kernels * overlap)
+        return result
+
+    def blocks(self, normal: Tensor, *, exact: bool) -> Tensor:
+        """The operator's diagonal blocks `(H, P)` on the grid of the unpadded box, as `smoothed`.
+
+        Parameters
+        ----------
+        normal
+            `(G, P)`, or `(H, P)` as splatted on the unpadded grid.
+        exact
+            Make `normal`, `(G, P)`, the exact operator in the same pass.
         """
         d, axes = self.box_size_px, (-3, -2, -1)
-        overlap = torch.fft.irfftn(self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3)
-        overlap = overlap / overlap[0, 0, 0]
-        operator = torch.empty_like(normal) if exact else None
-        diagonal = normal.new_empty(d * d * (d // 2 + 1), normal.shape[1])
-        for part in torch.split(torch.arange(normal.shape[1]), FFTS_AT_ONCE):
-            weights = normal[:, part].T.reshape(-1, *self.shape).to(torch.complex64)
-            kernels = torch.fft.irfftn(weights, s=(self.size,) * 3, dim=axes)
-            if operator is not None:
-                operator[:, part] = torch.fft.rfftn(kernels * self._window, dim=axes).real.flatten(1).T
+        if len(normal) < half_grid_points(self.size):
+            return self._unpadded_blocks(normal)
+        diagonal, overlap = normal.new_empty(half_grid_points(d), normal.shape[1]), self._overlap()
+        for part, kernels in self._kernels(normal):
+            if exact:
+                normal[:, part] = self._spectra_of(kernels * self._window)
             # every second frequency of the padded box: the transform of its halves laid on each other
             folded = kernels * overlap
             for axis in axes:
                 folded = folded.narrow(axis, 0, d) + folded.narrow(axis, d, d)
-            diagonal[:, part] = torch.fft.rfftn(folded, dim=axes).real.flatten(1).T
-        return operator, diagonal
+            diagonal[:, part] = self._spectra_of(folded)
+        return diagonal
+
+    def _unpadded_blocks(self, normal: Tensor) -> Tensor:
+        d, axes = self.box_size_px, (-3, -2, -1)
+        overlap = torch.fft.irfftn(torch.fft.rfftn(self.mask).abs().square(), s=(d,) * 3)
+        # the same weights lie on an eighth of the points
+        overlap = overlap / overlap[0, 0, 0] / PADDING**3
+        diagonal = torch.empty_like(normal)
+        for part in torch.split(torch.arange(normal.shape[1]), FFTS_AT_ONCE):
+            weights = normal[:, part].T.reshape(-1, d, d, d // 2 + 1).to(torch.complex64)
+            diagonal[:, part] = self._spectra_of(torch.fft.irfftn(weights, s=(d,) * 3, dim=axes) * overlap)
+        return diagonal
+
+    def _overlap(self) -> Tensor:
+        """The autocorrelation of the mask, 1 at the origin: `(E, E, E)`."""
+        overlap: Tensor = torch.fft.irfftn(
+            self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3
+        )
+        return overlap / overlap[0, 0, 0]
+
+    def _kernels(self, normal: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some columns of packed weights at a time, and their transforms `(F, E, E, E)`."""
+        for part in torch.split(torch.arange(normal.shape[1]), FFTS_AT_ONCE):
+            weights = normal[:, part].T.reshape(-1, *self.shape).to(torch.complex64)
+            yield part, torch.fft.irfftn(weights, s=(self.size,) * 3, dim=(-3, -2, -1))
+
+    @staticmethod
+    def _spectra_of(kernels: Tensor) -> Tensor:
+        result: Tensor = torch.fft.rfftn(kernels, dim=(-3, -2, -1)).real.flatten(1).T
+        return result
 
     def shell_power(self, maps: Tensor) -> Tensor:
         """Mean |F|² per shell 0 … D/2 of `(K, D, D, D)` maps, `(K, D/2+1)` float64."""
@@ -107,16 +152,20 @@ class Lattice:
         return sums.index_add_(1, shell, power) / counts
 
     def mean_weight(self, weight: Tensor) -> Tensor:
-        """Mean of a `(G,)` weight per shell 0 … D/2, `(D/2+1,)` float64."""
-        shells, shell = self.box_size_px // 2 + 1, self.shell[self.inside]
+        """Mean of a `(G,)` weight per shell 0 … D/2, `(D/2+1,)` float64; of `(H,)` as if it were padded."""
+        padded = len(weight) == half_grid_points(self.size)
+        shell, inside = self.shell, self.inside
+        if not padded:
+            shell, inside, weight = self.unpadded_shell, self.unpadded_inside, weight / PADDING**3
+        shells, shell = self.box_size_px // 2 + 1, shell[inside]
         sums = torch.zeros(shells, dtype=torch.float64, device=weight.device)
-        sums.index_add_(0, shell, weight[self.inside].double())
+        sums.index_add_(0, shell, weight[inside].double())
         return sums / torch.bincount(shell, minlength=shells)
 
 
 def solve(
     lattice: Lattice,
-    right: Tensor,
+    back: Tensor,
     normal: Tensor,
     prior: Tensor,
     *,
@@ -128,24 +177,28 @@ def solve(
 
     Parameters
     ----------
-    right, normal
-        `(K, E, E, E/2+1)` and `(G, K(K+1)/2)` from `NormalEquations.complete`.
+    back, normal
+        `(K, D, D, D)` and `(G or H, K(K+1)/2)` from `NormalEquations.complete`; with iterations `normal` is
+        overwritten.
     prior
         `(K, D/2+1)` expected power |F|² per coefficient of each map's padded transform.
     start
         `(K, D, D, D)` maps to go on from; without them the preconditioner makes the start.
     iterations
-        Conjugate gradient steps; 0 gives the preconditioner's answer (the diagonal approximation).
+        Conjugate gradient steps; 0 gives the preconditioner's answer (the diagonal approximation), which is
+        all that unpadded weights `(H, …)` can give.
 
     Returns
     -------
     `(K, D, D, D)` float32.
     """
-    maps = len(right)
+    maps = len(back)
     use_numba = compiled(kernel, normal.device)
     ridge = (1 / prior).T.to(normal)  # (D/2+1, K)
     at_shell = torch.cat([ridge, ridge.amax().mul(BEYOND).expand(1, maps)])
-    operator, blocks = lattice.operator_weights(normal, exact=iterations > 0)
+    if iterations and len(normal) < half_grid_points(lattice.size):
+        raise ValueError("unpadded weights give the diagonal approximation only: iterations must be 0")
+    blocks = lattice.blocks(normal, exact=iterations > 0)
     unpadded_shell = torch.where(lattice.unpadded_inside, lattice.unpadded_shell, len(ridge))
     inverse = _inverse(blocks, at_shell, unpadded_shell, use_numba)
     mask, d = lattice.mask, lattice.box_size_px
@@ -158,9 +211,10 @@ def solve(
         result: Tensor = torch.fft.irfftn(product, s=(d,) * 3, dim=(-3, -2, -1)) * mask / lattice.size**3
         return result
 
-    target = lattice.right_hand_side(right) * mask
-    if operator is None:
+    target = back * mask
+    if not iterations:
         return preconditioned(target)
+    operator = normal
     shell = torch.where(lattice.inside, lattice.shell, len(ridge))
     operator[:, [j * (j + 3) // 2 for j in range(maps)]] += at_shell[shell]
 

@@ -8,8 +8,9 @@ reference path (and the one for GPUs); on CPUs compiled kernels make the same su
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +23,9 @@ from cryodrgn_pipeline.fourier.slices import (
     splat_slices,
 )
 from cryodrgn_pipeline.fourier_images import FourierImages
+
+if TYPE_CHECKING:
+    from cryodrgn_pipeline.subspace.solve import Lattice
 
 
 def pairs(maps: int) -> list[tuple[int, int]]:
@@ -52,19 +56,28 @@ def compiled(kernel: str, device: torch.device) -> bool:
 
 
 class NormalEquations:
-    """Running sums for K maps of D³ voxels on the half grid of E = 2 D.
+    """Running sums for K maps of D³ voxels.
 
-    `right` `(G, 2K)` float32 holds Σ w c a y (K real, then K imaginary parts), `normal` `(G, K(K+1)/2)` holds
-    Σ w c² E[a aᵀ]; G = E · E · (E/2+1).
+    `right` `(G, 2K)` float32 holds Σ w c a y (K real, then K imaginary parts) on the half grid of E = 2 D,
+    G = E · E · (E/2+1). `normal` `(G, K(K+1)/2)` holds Σ w c² E[a aᵀ], on the same grid if `exact`; otherwise
+    `(H, K(K+1)/2)` on that of the unpadded box, H = D · D · (D/2+1), an eighth of the memory.
     """
 
     def __init__(
-        self, box_size_px: int, maps: int, *, kernel: str = "auto", device: torch.device | str = "cpu"
+        self,
+        box_size_px: int,
+        maps: int,
+        *,
+        exact: bool = True,
+        kernel: str = "auto",
+        device: torch.device | str = "cpu",
     ) -> None:
         self.box_size_px, self.maps, self.size = box_size_px, maps, PADDING * box_size_px
-        self.kernel, points = kernel, self.size**2 * (self.size // 2 + 1)
-        self.right = torch.zeros(points, 2 * maps, device=device)
-        self.normal = torch.zeros(points, maps * (maps + 1) // 2, device=device)
+        self.kernel, self.weight_padding = kernel, PADDING if exact else 1
+        self.weight_size = self.weight_padding * box_size_px
+        self.right = torch.zeros(half_grid_points(self.size), 2 * maps, device=device)
+        pair_count = maps * (maps + 1) // 2
+        self.normal = torch.zeros(half_grid_points(self.weight_size), pair_count, device=device)
 
     def add(self, images: FourierImages, weight: Tensor, linear: Tensor, second: Tensor) -> None:
         """Add B images.
@@ -78,7 +91,11 @@ class NormalEquations:
         """
         linear, second = linear.float().contiguous(), second.float().contiguous()
         if compiled(self.kernel, self.right.device):
-            self._add_compiled(images, weight, linear, second)
+            if self.weight_size == self.size:
+                self._splat(self.right, self.normal, PADDING, images, weight, linear, second)
+            else:
+                self._splat(self.right, self.normal[:0, :0], PADDING, images, weight, linear, second[:, :0])
+                self._splat(self.right[:0, :0], self.normal, 1, images, weight, linear[:, :0], second)
             return
         where = slice_coordinates(images.plane, images.rotation, images.scale)
         weighted = weight[images.noise_group] * images.ctf
@@ -87,28 +104,49 @@ class NormalEquations:
             self.right[:, j] += grid.real.flatten()
             self.right[:, self.maps + j] += grid.imag.flatten()
         for n in range(second.shape[1]):
-            grid = splat_slices(weighted * images.ctf * second[:, n, None], where, self.size)
+            values = weighted * images.ctf * second[:, n, None]
+            grid = splat_slices(values, where, self.weight_size, self.weight_padding)
             self.normal[:, n] += grid.flatten()
 
-    def _add_compiled(self, images: FourierImages, weight: Tensor, linear: Tensor, second: Tensor) -> None:
+    def _splat(
+        self,
+        right: Tensor,
+        normal: Tensor,
+        padding: int,
+        images: FourierImages,
+        weight: Tensor,
+        linear: Tensor,
+        second: Tensor,
+    ) -> None:
         from cryodrgn_pipeline.reconstruct_kernels import balanced_slabs, use_threads
         from cryodrgn_pipeline.subspace.kernels import splat
 
-        slabs = balanced_slabs(self.size, use_threads(torch.get_num_threads()))
-        factors = (linear.numpy(), second.numpy())
-        splat(
-            self.right.numpy(), self.normal.numpy(), self.size, slabs, *factors, *_as_arrays(images, weight)
-        )
+        size = padding * self.box_size_px
+        slabs = balanced_slabs(size, use_threads(torch.get_num_threads()))
+        factors = (np.ascontiguousarray(linear.numpy()), np.ascontiguousarray(second.numpy()))
+        splat(right.numpy(), normal.numpy(), size, slabs, *factors, *_as_arrays(images, weight, padding))
 
-    def complete(self) -> tuple[Tensor, Tensor]:
-        """The sums over all frequencies: `(K, E, E, E/2+1)` complex64 and the packed `(G, K(K+1)/2)`."""
+    def complete(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
+        """Close the sums: what they say about the voxels, `(K, D, D, D)`, and `normal` over all frequencies.
+
+        No image can be added afterwards.
+        """
         shape = (self.size, self.size, self.size // 2 + 1)
-        spectra = torch.complex(self.right[:, : self.maps], self.right[:, self.maps :])
-        right = torch.stack([complete_splat(spectra[:, j].reshape(shape)) for j in range(self.maps)])
-        normal = self.normal.clone()
-        for n in range(normal.shape[1]):
-            normal[:, n] = complete_splat(self.normal[:, n].reshape(shape)).flatten()
-        return right, normal
+        back = []
+        for j in range(self.maps):
+            spectrum = torch.complex(self.right[:, j], self.right[:, self.maps + j]).reshape(shape)
+            back.append(lattice.right_hand_side(complete_splat(spectrum)[None])[0])
+        size = self.weight_size
+        edge = self.normal.reshape(size, size, size // 2 + 1, -1)[:, :, 0]
+        edge += torch.roll(
+            torch.flip(edge, dims=(0, 1)), shifts=(1, 1), dims=(0, 1)
+        )  # the other half of kx = 0
+        return torch.stack(back), self.normal
+
+
+def half_grid_points(size: int) -> int:
+    """Points of the half spectrum of a `size`³ box."""
+    return size * size * (size // 2 + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,10 +228,10 @@ def inner_products(
     )
 
 
-def _as_arrays(images: FourierImages, weight: Tensor) -> tuple[NDArray[Any], ...]:
+def _as_arrays(images: FourierImages, weight: Tensor, padding: int = PADDING) -> tuple[NDArray[Any], ...]:
     return (
         images.rotation.numpy(),
-        (images.scale * PADDING).numpy(),
+        (images.scale * padding).numpy(),
         images.plane.kx.float().numpy(),
         images.plane.ky.float().numpy(),
         images.coefficients.numpy(),
