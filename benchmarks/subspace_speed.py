@@ -1,0 +1,144 @@
+"""What the subspace costs per image and per map, measured against the formulas of docs/scaling.md.
+
+    python benchmarks/subspace_speed.py --boxes 32 64 128 --maps 7 --threads 2
+
+Images are noise: what they show does not change what they cost. Times exclude compilation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from cryodrgn_pipeline.fourier_images import FourierImages
+from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae
+from cryodrgn_pipeline.subspace.basis import BATCH_SIZE, Seen, _elbo, _one_thread
+from cryodrgn_pipeline.subspace.images import level_plane
+from cryodrgn_pipeline.subspace.maps import required_bytes
+from cryodrgn_pipeline.subspace.solve import Lattice, solve
+from cryodrgn_pipeline.subspace.sums import NormalEquations, inner_products, pack
+
+CG_ITERATIONS = 4
+
+
+def seconds(call: Callable[[], object], repeats: int = 3) -> float:
+    """The least of some runs, after one that compiles."""
+    call()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def noise_images(box_size_px: int, count: int) -> FourierImages:
+    """Images at random directions."""
+    rng = torch.Generator().manual_seed(0)
+    plane = level_plane(box_size_px, box_size_px)
+    rotation, _ = torch.linalg.qr(torch.randn(count, 3, 3, generator=rng))
+    return FourierImages(
+        plane=plane,
+        coefficients=torch.complex(*torch.randn(2, count, len(plane), generator=rng)),
+        ctf=torch.randn(count, len(plane), generator=rng),
+        rotation=rotation,
+        scale=torch.ones(count),
+        noise_group=torch.zeros(count, dtype=torch.long),
+    )
+
+
+def passes(box_size_px: int, maps: int, count: int) -> tuple[float, float]:
+    """Milliseconds an image of the pass that sums and of the pass that looks."""
+    images = noise_images(box_size_px, count)
+    weight = torch.ones(1, len(images.plane))
+    linear = torch.randn(count, maps)
+    second = pack(linear[:, :, None] * linear[:, None])
+    sums, lattice = NormalEquations(box_size_px, maps), Lattice(box_size_px)
+    columns = lattice.columns(torch.randn(maps, *(box_size_px,) * 3))
+    summed = seconds(lambda: sums.add(images, weight, linear, second))
+    seen = seconds(lambda: inner_products(columns, lattice.size, images, weight))
+    return 1e3 * summed / count, 1e3 * seen / count
+
+
+def solved(box_size_px: int, maps: int) -> None:
+    """Sums of a few images and their solve: what --memory measures in a process of its own."""
+    images, lattice = noise_images(box_size_px, 8), Lattice(box_size_px)
+    linear = torch.randn(8, maps)
+    sums = NormalEquations(box_size_px, maps)
+    sums.add(images, torch.ones(1, len(images.plane)), linear, pack(linear[:, :, None] * linear[:, None]))
+    back, normal = sums.complete(lattice)
+    del sums
+    solve(lattice, back, normal, torch.ones(maps, box_size_px // 2 + 1), iterations=CG_ITERATIONS)
+
+
+def network_step(maps: int) -> float:
+    """Milliseconds an image of a training step of the network in the span of the maps."""
+    rng = torch.Generator().manual_seed(0)
+    root = torch.randn(4096, maps, 2 * maps, generator=rng)
+    seen = Seen(
+        features=torch.randn(4096, 2 * (maps - 1), generator=rng),
+        gram=root @ root.mT,
+        inner=torch.randn(4096, maps, generator=rng),
+        power=torch.ones(4096),
+        known=torch.zeros(4096),
+    )
+    vae = BasisVae(BasisConfig(components=maps - 1))
+    optimiser = torch.optim.Adam(vae.parameters(), lr=1e-3)
+
+    def steps() -> None:
+        for _ in range(50):
+            rows = torch.randint(4096, (BATCH_SIZE,), generator=rng)
+            loss = -_elbo(vae, seen, rows, rng).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    with _one_thread():
+        return 1e3 * seconds(steps) / (50 * BATCH_SIZE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--boxes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--maps", type=int, default=7, help="mean and components")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", type=int, metavar="BOX", help="only solve at this box, print peak memory")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        solved(options.memory, options.maps)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+        return 0
+    print(
+        "| box (px) | sum, ms an image | 10⁹ multiply-adds a second | look, ms an image | 10⁹ a second "
+        "| solve, peak GiB | by the formula |\n" + "|---" * 7 + "|"
+    )
+    k = options.maps
+    pairs = k * (k + 1) // 2
+    for box in options.boxes:
+        summed, seen = passes(box, k, options.images)
+        points = len(level_plane(box, box))
+        words = [sys.executable, __file__, "--memory", str(box), "--maps", str(k)]
+        words += ["--threads", str(options.threads)]
+        peak = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        to_sum, to_look = points * 8 * (2 * k + pairs), points * (16 * k + 2 * pairs)
+        print(
+            f"| {box} | {summed:.2f} | {to_sum / summed / 1e6:.2f} | {seen:.2f} | {to_look / seen / 1e6:.2f} "
+            f"| {peak:.2f} | {required_bytes(box, k, CG_ITERATIONS) / 2**30:.2f} |"
+        )
+    print(f"\nNetwork step, {k - 1} components, batches of {BATCH_SIZE}: {network_step(k):.4f} ms an image")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
