@@ -28,6 +28,7 @@ from cryodrgn_pipeline.io.mrc import write_volume
 from cryodrgn_pipeline.io.runs import read_covariances, read_json, read_latents, write_columns
 from cryodrgn_pipeline.particle_volumes_maps import BANDS, StateMap, state_map
 from cryodrgn_pipeline.particle_volumes_sums import (
+    SHARES,
     Rings,
     accumulate_targets,
     rings_of,
@@ -43,6 +44,7 @@ from cryodrgn_pipeline.volumes import OURS, MapOptions, check_options, finished_
 log = logging.getLogger(__name__)
 
 BUDGET_BYTES = 4 * 2**30  # of sums held at a time: more targets take more passes over the images
+LARGEST_BYTES = 6 * 2**30  # of one target's sums: a larger box has fewer kernel widths to choose from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,8 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
         *(int(members.counted.sum()), len(request.targets), stack.box_size_px),
     )
     outside = np.where(members.counted[:, None], 0.0 if request.ids else squared, np.inf)
-    rings = rings_of(outside, (1.0,)) if request.ids else rings_of(outside)
+    most = 1 if request.ids else max(1, LARGEST_BYTES // sums_bytes(stack.box_size_px, 1))
+    rings = rings_of(outside, SHARES[-most:])
     models, grids, combination = predictions(model, request.targets, members.z, squared, stack)
     per_pass = max(1, BUDGET_BYTES // sums_bytes(stack.box_size_px, rings.widths))
     blocks = [slice(at, at + per_pass) for at in range(0, len(models), per_pass)]

@@ -6,6 +6,7 @@ of shells that width is taken whose map of one half set predicts the nearest ima
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,20 +56,22 @@ class KernelSums:
     weight: Tensor
 
 
-def kernel_sums(sums: Tensor, ring_weights: Tensor) -> KernelSums:
+def kernel_sums(halves: Iterable[Tensor], ring_weights: Tensor) -> KernelSums:
     """The sums of one half set, or of both, under a kernel.
 
     Parameters
     ----------
-    sums
-        `(R, E, E, E/2+1, 5)` of one target, from `TargetSums`.
+    halves
+        Each `(R, E, E, E/2+1, 5)` of one target, from `TargetSums`.
     ring_weights
         `(R,)` the kernel at each ring.
     """
-    total = torch.zeros(sums.shape[1:])
-    for weight, ring in zip(ring_weights.tolist(), sums, strict=True):
-        if weight:
-            total.add_(ring, alpha=weight)
+    halves = list(halves)
+    total = torch.zeros(halves[0].shape[1:])
+    for half in halves:
+        for weight, ring in zip(ring_weights.tolist(), half, strict=True):
+            if weight:
+                total.add_(ring, alpha=weight)
     numerators = [torch.complex(total[..., kind], total[..., kind + 1]) for kind in (0, 2)]
     return KernelSums(
         numerators=torch.stack([complete_splat(each) for each in numerators]),
@@ -86,11 +89,12 @@ def band_weights(box_size_px: int, *, smooth: bool) -> Tensor:
     return steps.diff(dim=0)
 
 
-def signal_power(lattice: Lattice, halves: list[KernelSums]) -> Tensor:
-    """Power |F|² of the density per shell, `(D/2+1,)` float64, from what the maps of both halves share."""
-    d = lattice.box_size_px
-    maps = [density(half.numerators[DATA], half.weight, d) * lattice.mask for half in halves]
-    one, two = lattice.spectra(torch.stack(maps))
+def signal_power(lattice: Lattice, halves: Tensor) -> Tensor:
+    """Power |F|² of the density per shell, `(D/2+1,)` float64, from what both halves' maps share.
+
+    `halves` `(2, D, D, D)`: backprojected, unfiltered.
+    """
+    one, two = lattice.spectra(halves * lattice.mask)
     shared = lattice.mean_weight((one * two.conj()).real.flatten())
     alone = lattice.mean_weight(((one.abs() ** 2 + two.abs() ** 2) / 2).flatten())
     power = torch.maximum(shared, SMALLEST_SIGNAL * alone).clamp(min=1e-12 * float(alone.max()))
@@ -142,9 +146,9 @@ def choose_widths(
     shell = torch.where(lattice.inside, lattice.shell, priors.shape[1])
     scores = torch.zeros(2, len(kernels), len(priors), BANDS, dtype=torch.float64)
     for one, other in ((0, 1), (1, 0)):
-        judge = Judge(lattice, kernel_sums(sums[other], kernels[0]))
+        judge = Judge(lattice, kernel_sums([sums[other]], kernels[0]))
         for width, kernel in enumerate(kernels):
-            seen = kernel_sums(sums[one], kernel)
+            seen = kernel_sums([sums[one]], kernel)
             weight = lattice.smoothed(seen.weight.flatten()[:, None])[:, 0].clamp(min=0)
             masked = lattice.right_hand_side(seen.numerators) * lattice.mask
             spectra = lattice.spectra(masked).flatten(1) / lattice.size**3
@@ -171,6 +175,11 @@ def blended(parts: dict[int, Tensor], box_size_px: int) -> Tensor:
     return result
 
 
+def backprojected(seen: KernelSums, box_size_px: int, power: Tensor | None = None) -> Tensor:
+    """The data's own map `(D, D, D)`, with a Wiener filter where the power of the density is known."""
+    return density(seen.numerators[DATA], seen.weight, box_size_px, None if power is None else 1 / power)
+
+
 def half_maps(
     sums: Tensor, kernels: Tensor, widths: list[int], power: Tensor, box_size_px: int
 ) -> tuple[Tensor, Tensor]:
@@ -179,8 +188,8 @@ def half_maps(
     for half in sums:
         by_width = {}
         for width in set(widths):
-            seen = kernel_sums(half, kernels[width])
-            by_width[width] = density(seen.numerators[DATA], seen.weight, box_size_px, 1 / power)
+            seen = kernel_sums([half], kernels[width])
+            by_width[width] = backprojected(seen, box_size_px, power)
         maps.append(blended({band: by_width[width] for band, width in enumerate(widths)}, box_size_px))
     return maps[0], maps[1]
 
@@ -196,7 +205,7 @@ def residual_map(
     solved: dict[tuple[int, int], Tensor] = {}
     for choice in {each for each in chosen if each is not None}:
         width, prior = choice
-        both = kernel_sums(sums.sum(dim=0), kernels[width])
+        both = kernel_sums(sums, kernels[width])
         weight = both.weight.flatten()[:, None]
         back = lattice.right_hand_side(both.numerators[RESIDUAL : RESIDUAL + 1])
         found = solve(lattice, back, weight, priors[prior][None], iterations=CG_ITERATIONS)
@@ -218,10 +227,8 @@ def state_map(sums: Tensor, kernels: Tensor, model: Tensor) -> StateMap:
         `(D, D, D)` the model's map at the target.
     """
     lattice, d = Lattice(model.shape[-1]), model.shape[-1]
-    widest = [kernel_sums(half, kernels[-1]) for half in sums]
-    power = signal_power(lattice, widest)
-    both = kernel_sums(sums.sum(dim=0), kernels[-1])
-    everything = density(both.numerators[DATA], both.weight, d, 1 / power)
+    widest = torch.stack([backprojected(kernel_sums([half], kernels[-1]), d) for half in sums])
+    everything = backprojected(kernel_sums(sums, kernels[-1]), d, signal_power(lattice, widest))
     lattice.mask = torch.maximum(support_mask(everything), support_mask(model))
     power = signal_power(lattice, widest)
     priors = torch.tensor(POWER_SHARES, dtype=torch.float64)[:, None] * power
