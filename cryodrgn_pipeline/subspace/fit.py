@@ -33,7 +33,8 @@ FINEST_PX = 64  # coordinates are learnt up to here; finer maps are made with wh
 COARSE_IMAGES = 50_000  # enough to find the subspace at the coarsest level
 PLACING_ROUNDS = 2  # passes that place the other images, where poses are off
 FIRST_SCALE_SPREAD = 0.1
-SURE_ABOVE_SE = 3.0
+SURE_ABOVE_SE = 3.0  # that there is anything at all
+MORE_ABOVE_SE = 2.0  # that there is one component more
 IMAGES_PER_COMPONENT = 50  # fewer say nothing about it
 
 
@@ -198,7 +199,7 @@ def supported_components(
         gain = evidence - best
         mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
         gains.append((mean, error))
-        if mean > SURE_ABOVE_SE * error:
+        if mean > (MORE_ABOVE_SE if kept else SURE_ABOVE_SE) * error:
             best, kept = evidence, count
     return kept, gains
 
