@@ -286,9 +286,10 @@ def main() -> int:
             for seed in options.seeds:
                 run_ours(bench, folder, method, seed)
     rows = collected(options.work)
-    text = report(
-        header, " ".join(["python", *sys.argv]), rows, {name: words for name, (words, _) in SETS.items()}
-    )
+    command = " ".join(["python", *sys.argv])
+    text = report(header, command, rows, {name: words for name, (words, _) in SETS.items()})
+    for path, name in ((options.work.resolve(), "WORK"), (options.work, "WORK"), (options.venv, "VENV")):
+        text = text.replace(str(path), name)
     figure(rows, HERE / "bench.png")
     rewrite(HERE / "RESULTS.md", f"{BEGIN}\n{text}\n{END}")
     print(text)

@@ -57,7 +57,13 @@ def report(header: str, command: str, rows: list[Row], sets: dict[str, str]) -> 
     """The whole section, without its markers."""
     present = [name for name in sets if any(row.set == name for row in rows)]
     told = [f"`{name}`: `simulate {sets[name]}`" for name in present]
-    trained = sorted({f"{row.method}: `{row.commands[0]}`" for row in final_rows(rows) if row.seed == 0})
+    trained = sorted(
+        {
+            f"{row.method}: `{row.commands[0].replace(f'/{row.set}/', '/SET/')}`"
+            for row in final_rows(rows)
+            if row.seed == 0
+        }
+    )
     commits = sorted({row.commit for row in rows})
     parts = [
         f"`{command}`. {header}. Commits: {', '.join(commits)}.",

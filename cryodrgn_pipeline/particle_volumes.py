@@ -147,6 +147,7 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
                 row = _row(found, rings, number, stack)
                 table.append(row | _write(folder, names[number], found, request.options, stack.pixel_size_a))
                 log.info("%s: %s", names[number], _in_words(row))
+            del sums, of_target  # before the next block's are made
         latent = {f"z_{j}": request.targets[:, j] for j in range(model.latent_dim)}
         measured = {key: np.array([row[key] for row in table]) for key in table[0] if key not in _PATHS}
         paths = {key: [row[key] for row in table] for key in _PATHS}
