@@ -20,6 +20,7 @@ from cryodrgn_pipeline.io.checkpoints import load_model, save_model
 from cryodrgn_pipeline.io.runs import read_columns, read_latents
 from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel, factors
+from cryodrgn_pipeline.subspace import fit
 from cryodrgn_pipeline.subspace.em import whitened
 from cryodrgn_pipeline.subspace.fit import supported_components
 from cryodrgn_pipeline.subspace.images import level_plane
@@ -271,6 +272,17 @@ def test_the_subspace_finds_motion_and_occupancy(learnt: Path) -> None:
     assert scores["r2"]["motion"] > 0.9
     assert scores["r2"]["occupancy"] > 0.9
     assert max(scores["leakage"].values()) < 0.05
+
+
+def test_images_that_did_not_make_the_coarse_maps_are_placed_all_the_same(
+    learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "COARSE_IMAGES", 900)
+    run(f"train {learnt}/stack --method subspace -o {learnt}/some")
+    scores = latent_scores(learnt / "some", read_truth(learnt / "set"))
+    assert scores["particles"] == 1500
+    assert scores["r2"]["motion"] > 0.9
+    assert scores["r2"]["occupancy"] > 0.9
 
 
 def test_latents_come_with_their_posterior(learnt: Path) -> None:
