@@ -302,6 +302,8 @@ def test_latents_come_with_their_posterior(learnt: Path) -> None:
     true = truth.table["contrast"][truth.rows_of(latents.particle_id)]
     assert np.corrcoef(columns["contrast"], true)[0, 1] > 0.5
     assert 0.03 < spread < 0.15
+    assert not manifest["pose_offsets"]["corrected"]  # they are right
+    assert not [name for name in columns if name.startswith("pose_")]
 
 
 def test_volumes_of_the_subspace_are_those_of_the_truth(learnt: Path) -> None:

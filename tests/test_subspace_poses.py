@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import blobs
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
-from cryodrgn_pipeline.evaluate import latent_scores, read_truth
+from cryodrgn_pipeline.evaluate import evaluate, latent_scores, read_truth, sample_points
 from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
 from cryodrgn_pipeline.fourier_images import FourierImages
-from cryodrgn_pipeline.io.runs import read_latents
+from cryodrgn_pipeline.io.runs import read_latents, write_z
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import level_plane
 from cryodrgn_pipeline.subspace.poses import (
+    SHIFTS,
     TURN_SPREAD_DEG,
+    TURNS,
     PoseOffsets,
     marginalised,
     moves,
@@ -168,3 +172,19 @@ def test_wrong_poses_do_not_become_components(learnt: Path) -> None:
     scores = latent_scores(learnt / "run", read_truth(learnt / "set"))
     assert scores["r2"]["motion"] > 0.85
     assert scores["r2"]["occupancy"] > 0.6
+
+
+def test_volumes_from_particles_are_made_at_the_corrected_poses(learnt: Path) -> None:
+    as_given = learnt / "as_given"
+    shutil.copytree(learnt / "run", as_given)
+    table = pd.read_parquet(as_given / "latent.parquet")
+    table.drop(columns=[*TURNS, *SHIFTS]).to_parquet(as_given / "latent.parquet")
+    scores = []
+    for folder in (learnt / "run", as_given):
+        ids, z = sample_points(folder, learnt / "set", count=4)
+        write_z(folder / "z.csv", z)
+        (folder / "ids.txt").write_text("\n".join(map(str, ids)) + "\n")
+        run(f"volumes {folder} --z {folder}/z.csv --source particles -o {folder}/maps")
+        scored = evaluate(folder / "maps", learnt / "set", run=folder, particles=folder / "ids.txt")
+        scores.append(scored["fsc_auc"]["union"])
+    assert scores[0] > scores[1] + 0.005
