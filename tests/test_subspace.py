@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
+from cryodrgn_pipeline.errors import TrainingError
 from cryodrgn_pipeline.evaluate import latent_scores, read_truth
 from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
 from cryodrgn_pipeline.fourier.transforms import HalfPlane
@@ -382,3 +383,15 @@ def test_of_a_rigid_set_no_component_is_kept(tmp_path: Path) -> None:
         assert (read_latents(tmp_path / method).z == 0).all()
     run(f"analyze {tmp_path}/vae --no-umap")
     run(f"volumes {tmp_path}/vae --z {tmp_path}/vae/analysis/centers.csv -o {tmp_path}/volumes")
+
+
+def test_where_every_image_looks_like_noise_the_stack_is_named_and_a_cure(
+    learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryodrgn_pipeline.subspace.posterior.NOISE_LIKELIER", 1e9)
+    command = ["train", str(learnt / "stack"), "--method", "subspace", "-o", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, TrainingError)
+    assert str(learnt / "stack") in str(done.exception)
+    assert "check poses" in str(done.exception)
+    assert not (tmp_path / "run" / "latent.parquet").exists()

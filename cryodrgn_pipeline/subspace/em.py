@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.errors import TrainingError
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, marginalised, moves
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
-from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack
+from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, joined, pack
 from cryodrgn_pipeline.subspace.support import support_mask
 
 SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
@@ -123,7 +124,7 @@ def look(
             products, answer = marginalised(products, poses, part)
             answers.append(answer)
         seen.append(products)
-    return InnerProducts.joined(seen), PoseAnswer.joined(answers) if answers else None
+    return joined(seen), joined(answers) if answers else None
 
 
 def iterate(
@@ -145,7 +146,18 @@ def iterate(
         Go on from the maps that are there.
     points_only
         Alternating least squares: coordinates count as if they were certain, contrasts and poses stay.
+
+    Raises
+    ------
+    TrainingError
+        If no image is left to learn from.
     """
+    if not bool(learnt.any()):
+        raise TrainingError(
+            f"{state.images.stack.path}: all {len(learnt)} images are likelier noise alone than the particle "
+            "that they make together: check poses, shifts and contrast with `cryodrgn-pipeline consensus`, "
+            "and look at some images"
+        )
     state.maps = solve_components(
         state, known.posterior, learnt, settings, start=state.maps if warm else None
     )

@@ -121,11 +121,6 @@ class PoseAnswer:
     response: Tensor
     variance: Tensor
 
-    @classmethod
-    def joined(cls, parts: list[PoseAnswer]) -> PoseAnswer:
-        """Those of several chunks as one."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
-
 
 def marginalised(
     products: InnerProducts, poses: PoseOffsets, part: slice

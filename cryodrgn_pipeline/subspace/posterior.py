@@ -43,11 +43,6 @@ class Posterior:
         """
         return self.evidence < NOISE_LIKELIER
 
-    @classmethod
-    def joined(cls, parts: list[Posterior]) -> Posterior:
-        """The posteriors of several chunks as one."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
-
     def rescaled(self) -> Posterior:
         """With contrasts of mean 1 over the images that show the particle: the maps take up the rest."""
         mean = self.scale[~self.is_noise].mean()

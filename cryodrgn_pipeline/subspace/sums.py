@@ -8,7 +8,7 @@ reference path (and the one for GPUs); on CPUs compiled kernels make the same su
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from cryodrgn_pipeline.fourier.slices import (
 from cryodrgn_pipeline.fourier_images import FourierImages
 
 if TYPE_CHECKING:
+    from cryodrgn_pipeline.subspace.poses import PoseAnswer
     from cryodrgn_pipeline.subspace.solve import Lattice
 
 
@@ -163,11 +164,6 @@ class InnerProducts:
     power: Tensor
     gain: Tensor
 
-    @classmethod
-    def joined(cls, parts: list[InnerProducts]) -> InnerProducts:
-        """Those of several chunks as one."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
-
     def of(self, images: Tensor, maps: int) -> InnerProducts:
         """Those of some images with the first maps alone."""
         return InnerProducts(
@@ -176,6 +172,15 @@ class InnerProducts:
             power=self.power[images],
             gain=self.gain[images],
         )
+
+
+Chunk = TypeVar("Chunk", bound="InnerProducts | PoseAnswer")
+
+
+def joined(parts: list[Chunk]) -> Chunk:
+    """What several chunks of images say, as one."""
+    kind = type(parts[0])
+    return kind(**{name: torch.cat([getattr(part, name) for part in parts]) for name in kind.__slots__})
 
 
 def grid_columns(grids: Tensor) -> Tensor:
