@@ -5,7 +5,8 @@
 
 Everything lies in WORK/SET: the set (`simulated`), ours (`METHOD_sSEED`), cryoDRGN's only run (`peer`, with
 its weights of every epoch) and its scores (`peer_epoch_N`). The set is fixed; seeds are of our training. Both
-programs draw volumes at the latents of the same 100 particles and are scored by `evaluate`.
+programs draw volumes at the latents of the same 100 particles and are scored by `evaluate`. Scores and losses
+of cryoDRGN's runs, which take hours, are kept in `peer_runs/SET.json` and stand for them where WORK has none.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ PEER_SIZE = "--zdim 8 --enc-dim 256 --dec-dim 256 --seed 0 --no-analysis"
 SCORED_EPOCHS = (1, 2, 5, 10, 20, 35, 50, 75, 100)
 EPOCH_LINE = re.compile(r"Epoch: (\d+) Average .*total loss = ([\d.]+); Finished in (\d+):(\d+):([\d.]+)")
 FLAT = 0.005  # fall of the loss over ten epochs, as a fraction, below which it counts as flat
+KEPT = HERE / "peer_runs"
 DUMP = "import sys, numpy, pickle; numpy.save(sys.argv[2], pickle.load(open(sys.argv[1], 'rb')))"
 
 
@@ -233,6 +235,23 @@ def score_peer(bench: Bench, folder: Path, epoch: int) -> Row:
     return row
 
 
+def keep_peer(folder: Path) -> None:
+    """Keep the scores of cryoDRGN's run on a set, and its loss and seconds of each epoch."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("peer_epoch_*/bench.json"))]
+    if rows:
+        epochs = epochs_of((folder / "peer" / "run.log").read_text())
+        known = {"simulate": SETS[folder.name][0], "epochs": epochs, "rows": rows}
+        KEPT.mkdir(exist_ok=True)
+        (KEPT / f"{folder.name}.json").write_text(json.dumps(known) + "\n")
+
+
+def kept_peer(name: str) -> list[Row]:
+    """The rows that `keep_peer` kept of this very set."""
+    path = KEPT / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"simulate": None}
+    return [Row(**row) for row in known["rows"]] if known["simulate"] == SETS[name][0] else []
+
+
 def peer_epochs(folder: Path) -> list[int]:
     """Epochs to score: those of SCORED_EPOCHS that are there, and the last one."""
     there = sorted(int(path.suffixes[-2][1:]) for path in (folder / "peer").glob("z.*.pkl"))
@@ -249,6 +268,8 @@ def collected(work: Path) -> list[Row]:
     cryoDRGN draws its volumes equally fast after any epoch: the fastest time stands for all, in its favour.
     """
     rows = [Row(**json.loads(path.read_text())) for path in sorted(work.glob("*/*/bench.json"))]
+    scored = {row.set for row in rows if row.method == PEER}
+    rows += [row for name in {row.set for row in rows} - scored for row in kept_peer(name)]
     for row in rows:
         if row.method == PEER:
             same = [other for other in rows if (other.set, other.method) == (row.set, PEER)]
@@ -282,6 +303,7 @@ def main() -> int:
             train_peer(bench, folder, options.peer_epochs)
         for epoch in peer_epochs(folder):
             score_peer(bench, folder, epoch)
+        keep_peer(folder)
         for method in options.methods:
             for seed in options.seeds:
                 run_ours(bench, folder, method, seed)
