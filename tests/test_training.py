@@ -196,7 +196,7 @@ def test_images_from_memory_and_from_disk_are_the_same(tiny_set, encoder_input):
     kept = trainer_on(tiny_set / "stack", model=model).data.batch(rows)
     read = trainer_on(tiny_set / "stack", model=model, in_memory=False).data.batch(rows)
     torch.testing.assert_close(kept.coefficients, read.coefficients)
-    torch.testing.assert_close(kept.flipped, read.flipped)
+    torch.testing.assert_close(kept.seen, read.seen)
     assert torch.equal(kept.ctf, read.ctf)
 
 
@@ -207,14 +207,14 @@ def test_the_encoder_reads_phase_flipped_images():
     batch = data.batch(np.arange(2))
     assert (batch.ctf < 0).any()
     assert (batch.ctf > 0).any()
-    torch.testing.assert_close(batch.flipped, batch.coefficients * batch.ctf.sign())
+    torch.testing.assert_close(batch.seen, batch.coefficients * batch.ctf.sign())
 
 
 def test_the_encoder_can_read_low_frequencies_only(tiny_set):
     model = replace(MODEL, encoder_input="image", encoder_mask_radius=0.5)
     data = trainer_on(tiny_set / "stack", model=model).data
     batch, inner = data.batch(np.arange(9)), data.plane.radius <= 4
-    torch.testing.assert_close(batch.flipped.abs(), batch.coefficients[:, inner].abs())
+    torch.testing.assert_close(batch.seen.abs(), batch.coefficients[:, inner].abs())
 
 
 def turned_recordings(angles_deg: list[float]) -> SimpleNamespace:
@@ -265,14 +265,14 @@ def test_the_encoder_sees_the_same_aligned_image_however_it_lay_in_its_plane():
     stack = turned_recordings([0.0, 35.0, 100.0, 250.0])
     model = replace(MODEL, box_size_px=32, encoder_mask_radius=0.5)
     data = TrainingData(stack, np.arange(4), model, in_memory=True, device=torch.device("cpu"))
-    flipped = data.batch(np.arange(4)).flipped
-    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    seen = data.batch(np.arange(4)).seen
+    spread = (seen - seen[0]).abs().square().sum(1) / seen[0].abs().square().sum()
     assert spread.max() < 0.01
     as_they_are = TrainingData(
         stack, np.arange(4), replace(model, encoder_input="image"), in_memory=True, device=torch.device("cpu")
     )
-    flipped = as_they_are.batch(np.arange(4)).flipped
-    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    seen = as_they_are.batch(np.arange(4)).seen
+    spread = (seen - seen[0]).abs().square().sum(1) / seen[0].abs().square().sum()
     assert spread[1:].min() > 0.1
 
 
@@ -333,7 +333,7 @@ def test_the_pieced_gradient_is_that_of_the_written_loss(tiny_set):
     trainer._step(batch)
     ours = [p.grad.clone() for p in trainer.vae.parameters()]
     fresh = trainer_on(tiny_set / "stack")
-    mean, log_variance = fresh.vae.encode(batch.flipped)
+    mean, log_variance = fresh.vae.encode(batch.seen)
     draws = torch.Generator().manual_seed(loop._mix(SETTINGS.seed, 0))
     noise = torch.randn(mean.shape, generator=draws)
     z = mean + noise * torch.exp(0.5 * log_variance)

@@ -1,0 +1,151 @@
+"""Measure the answers of docs/experiments.md: one arm is a set, options of `train`, and a score.
+
+    python benchmarks/experiments.py --work WORK                # all arms; those that are there are kept
+    python benchmarks/experiments.py --work WORK --arms default residual
+
+Prints one table row an arm. Sets are made once (`WORK/SET`); volumes are drawn at the latents of evenly
+spaced particles and scored per image as in bench.py; seconds are CPU time, which other work on the machine
+does not lengthen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import HARD, SMALL
+
+from cryodrgn_pipeline.evaluate import evaluate, sample_points
+from cryodrgn_pipeline.io.runs import read_json, write_z
+
+HALF = SMALL.replace("4000", "2000")
+SETS = {  # options of `simulate`, options of `preprocess`
+    "hinge32": (f"{SMALL} --snr 0.25", ""),
+    "large32": (f"{SMALL} --snr 0.15 --motion-range 180 --occupancy 1", ""),
+    "hard32": (f"{SMALL} --snr 0.25 {HARD}", ""),
+    "half32": (f"{HALF} --snr 0.25", ""),
+    "masked32": (f"{HALF} --snr 0.25", "--mask-radius-a 75"),
+    "coloured32": (f"{HALF} --snr 0.25 --noise-colour 3", ""),
+}
+NETWORK = "--encoder-width 256 --decoder-width 256 --coordinate-fraction 0.25 --encoder-mask-radius 0.5"
+RESIDUAL = f"--encoder subspace --decoder mlp {NETWORK} --epochs 10 --learning-rate 3e-4"
+IMAGE_BASIS = f"--encoder image --decoder basis {NETWORK} --epochs 40 --learning-rate 1e-3"
+MLP = f"--encoder image --decoder mlp {NETWORK}"
+USUAL = f"{MLP} --epochs 20 --learning-rate 1e-3"
+ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes that are scored
+    **{
+        f"{name} {arm}": (name, options, 100)
+        for name in ("hinge32", "large32", "hard32")
+        for arm, options in (
+            ("subspace", "--method subspace"),
+            ("default", ""),
+            ("residual", RESIDUAL),
+            ("image basis", IMAGE_BASIS),
+        )
+    },
+    "usual": ("half32", USUAL, 40),
+    "wiener": ("half32", f"{USUAL} --encoder-filter wiener", 40),
+    "hartley": ("half32", f"{USUAL} --domain hartley", 40),
+    "masked": ("masked32", USUAL, 40),
+    "marching": ("half32", f"{USUAL} --frequency-marching 10", 40),
+    "white": ("coloured32", USUAL, 40),
+    "whitened": ("coloured32", f"{USUAL} --loss whitened", 40),
+    "batch 64": ("half32", f"{USUAL} --batch-size 64", 40),
+    "batch 64, rate x 2": ("half32", f"{MLP} --epochs 20 --learning-rate 2e-3 --batch-size 64", 40),
+    "batch 256": ("half32", f"{USUAL} --batch-size 256", 40),
+    "batch 256, rate x 4": ("half32", f"{MLP} --epochs 20 --learning-rate 4e-3 --batch-size 256", 40),
+    "width 256, 6 epochs": ("half32", f"{MLP} --epochs 6 --learning-rate 1e-3", 40),
+    "width 1024, 6 epochs": (
+        "half32",
+        f"{MLP} --epochs 6 --learning-rate 1e-3 --encoder-width 1024 --decoder-width 1024",
+        40,
+    ),
+    "half32 default": ("half32", "", 40),
+}
+
+
+def ours(*words: str | Path) -> float:
+    """Run one verb; its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "cryodrgn_pipeline", "-q", *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def prepared(work: Path, name: str) -> Path:
+    """The set and its stack, made unless they are there; returns the set's folder."""
+    folder, (simulated, preparing) = work / name, SETS[name]
+    if not (folder / "simulated" / "simulate.json").is_file():
+        ours("simulate", *simulated.split(), "-o", folder / "simulated")
+    ours("import", folder / "simulated" / "particles.star", "-o", folder / "import")
+    ours("preprocess", folder / "import", "--box-size", "32", *preparing.split(), "-o", folder / "stack")
+    return folder
+
+
+def measured(work: Path, arm: str, threads: int, seed: int) -> dict[str, Any]:
+    """What one arm gives, kept in its run folder."""
+    name, options, count = ARMS[arm]
+    run = work / "runs" / f"{arm.replace(' ', '_').replace(',', '')}_s{seed}"
+    if (run / "experiment.json").is_file():
+        return read_json(run / "experiment.json")
+    folder = prepared(work, name)
+    fixed = ["--seed", str(seed), "--threads", str(threads), "--device", "cpu"]
+    seconds = ours("train", folder / "stack", *options.split(), *fixed, "-o", run)
+    ids, z = sample_points(run, folder / "simulated", count=count)
+    write_z(run / "points.csv", z)
+    (run / "points.txt").write_text("\n".join(map(str, ids)) + "\n")
+    drawing = ours(
+        "volumes", run, "--z", run / "points.csv", "--threads", str(threads), "-o", run / "volumes"
+    )
+    scores = evaluate(run / "volumes", folder / "simulated", run=run, particles=run / "points.txt")
+    found = {
+        "arm": arm,
+        "set": name,
+        "options": options,
+        "seed": seed,
+        "volumes": count,
+        "auc": scores["fsc_auc"]["moving"],
+        "each": scores["fsc_auc_each"]["moving"],
+        "r2": scores["latent"]["r2"],
+        "train_cpu_s": seconds,
+        "draw_cpu_s": drawing,
+    }
+    (run / "experiment.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def row(found: dict[str, Any]) -> str:
+    """One line of a table."""
+    r2 = " / ".join(f"{found['r2'][name]:.2f}" for name in ("motion", "occupancy") if name in found["r2"])
+    return (
+        f"| `{found['set']}` | {found['arm']} | {found['auc']:.3f} | {r2} | {found['train_cpu_s']:.0f} | "
+        f"{found['volumes']} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the training; sets are fixed")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = str(options.threads)
+    print("| set | arm | FSC-AUC, moving | R² | train, CPU s | volumes |\n|---|---|---|---|---|---|")
+    for arm in options.arms:
+        print(row(measured(options.work.resolve(), arm, options.threads, options.seed)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
