@@ -101,7 +101,13 @@ def _parts(model: Model) -> tuple[Tensors, dict[str, Any]]:
     if (subspace := model.subspace) is not None:
         tensors |= {"subspace.maps": subspace.maps, "subspace.mask": subspace.mask}
         tensors |= {} if subspace.drawn is None else {"subspace.drawn": subspace.drawn}
-        config |= {"subspace": {"scale_spread": subspace.scale_spread, "shift_spread": subspace.shift_spread}}
+        config |= {
+            "subspace": {
+                "grey": subspace.grey,
+                "scale_spread": subspace.scale_spread,
+                "shift_spread": subspace.shift_spread,
+            }
+        }
     return tensors, config
 
 

@@ -13,13 +13,15 @@ class Subspace:
 
     `maps` `(J+1, d, d, d)`: the mean and J components, for coordinates of variance 1; `mask` `(d, d, d)`,
     where they live; `drawn` `(J+1, d, d, d)`, the maps that the factors of a network multiply (None: there is
-    no network). `scale_spread`: standard deviation of the particles' contrasts. `shift_spread`: that of their
-    shifts on each axis, in boxes, where poses were corrected; None: poses were taken as they are.
+    no network). `grey`: by how much the images of the training exceed the maps, with poses as given.
+    `scale_spread`: standard deviation of the particles' contrasts. `shift_spread`: that of their shifts on
+    each axis, in boxes, where poses were corrected; None: poses were taken as they are.
     """
 
     maps: Tensor
     mask: Tensor
     drawn: Tensor | None
+    grey: float
     scale_spread: float
     shift_spread: float | None
 

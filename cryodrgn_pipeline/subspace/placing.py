@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.subspace.basis import Seen, seen_of
 from cryodrgn_pipeline.subspace.em import LevelState, SubspaceSettings, look
+from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice
-from cryodrgn_pipeline.subspace.sums import InnerProducts
 
 if TYPE_CHECKING:
     from cryodrgn_pipeline.stack import Stack
 
-GREY_IMAGES = 20_000  # enough to tell the grey scale
+GREY_IMAGES = 5000  # enough to tell the grey scale
 GREY_ROUNDS, GREY_SETTLED = 30, 1e-5
 POSE_ROUNDS = 3
 
@@ -39,6 +40,21 @@ class Placement:
     grey: float
 
 
+def kept_subspace(
+    stack: Stack, rows: NDArray[np.int64], fit: Fit, maps: Tensor, drawn: Tensor | None
+) -> Subspace:
+    """What a model keeps of the fit to these rows: `maps` and `drawn` as `Subspace` has them."""
+    poses, mask = fit.known.poses, fit.level.lattice.mask
+    return Subspace(
+        maps=maps,
+        mask=mask,
+        drawn=drawn,
+        grey=_grey_scale(stack, rows, maps, mask, fit.known.scale_spread),
+        scale_spread=fit.known.scale_spread,
+        shift_spread=None if poses is None else poses.shift_spread,
+    )
+
+
 def place(stack: Stack, rows: NDArray[np.int64], subspace: Subspace) -> Placement:
     """Look where images lie, with the maps in their grey scale and, where training found such, poses off.
 
@@ -47,26 +63,18 @@ def place(stack: Stack, rows: NDArray[np.int64], subspace: Subspace) -> Placemen
     InputFormatError
         If the images do not show the particle.
     """
-    settings = SubspaceSettings()
-    lattice = Lattice(subspace.level_px)
-    lattice.mask = subspace.mask
-    images = LevelImages(stack, rows, subspace.level_px)
-    level = LevelState(images=images, lattice=lattice, mean_power=torch.zeros(0), maps=subspace.maps)
-    spread, n_reals = subspace.scale_spread, images.coefficients
-    products, _ = look(level, None, settings)
-    grey = _grey_scale(products, n_reals, spread, stack)
-    products, poses = _brighter(products, grey), None
+    settings, spread = SubspaceSettings(), subspace.scale_spread
+    grey = _grey_scale(stack, rows, subspace.maps, subspace.mask, spread) / subspace.grey
+    level = _level(stack, rows, subspace.maps * grey, subspace.mask)
+    n_reals, poses = level.images.coefficients, None
     if subspace.shift_spread is not None:
         poses = replace(PoseOffsets.start(len(rows)), shift_spread=subspace.shift_spread)
         for _ in range(POSE_ROUNDS):
-            level.maps, level.images = subspace.maps * grey, images.posed(poses)
             products, answer = look(level, poses, settings)
-            where = posterior(products, n_reals, spread)
             if answer is not None:
-                poses = poses.answered(answer, where.z)
-            grey *= _grey_scale(products, n_reals, spread, stack)
-        level.maps, level.images = subspace.maps * grey, images.posed(poses)
-        products, _ = look(level, poses, settings)
+                poses = poses.answered(answer, posterior(products, n_reals, spread).z)
+            level.images = level.images.posed(poses)
+    products, _ = look(level, poses, settings)
     where, seen = posterior(products, n_reals, spread), None
     if subspace.drawn is not None:
         level.maps = subspace.drawn * grey
@@ -74,25 +82,30 @@ def place(stack: Stack, rows: NDArray[np.int64], subspace: Subspace) -> Placemen
     return Placement(posterior=where, poses=poses, seen=seen, grey=grey)
 
 
-def _brighter(products: InnerProducts, factor: float) -> InnerProducts:
-    """As if the maps had been multiplied by this."""
-    return replace(products, gram=products.gram * factor**2, inner=products.inner * factor)
+def _level(stack: Stack, rows: NDArray[np.int64], maps: Tensor, mask: Tensor) -> LevelState:
+    lattice = Lattice(int(maps.shape[-1]))
+    lattice.mask = mask
+    images = LevelImages(stack, rows, lattice.box_size_px)
+    return LevelState(images=images, lattice=lattice, mean_power=torch.zeros(0), maps=maps)
 
 
-def _grey_scale(products: InnerProducts, n_reals: int, scale_spread: float, stack: Stack) -> float:
-    """The factor on the maps with which images have contrast 1 on average: noise alone is not counted."""
-    some = torch.arange(0, len(products.inner), max(1, len(products.inner) // GREY_IMAGES))
-    products = products.of(some, products.inner.shape[1])
+def _grey_scale(
+    stack: Stack, rows: NDArray[np.int64], maps: Tensor, mask: Tensor, scale_spread: float
+) -> float:
+    """The factor on the maps that explains a sample of the images best, without those of noise alone."""
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), GREY_IMAGES)).astype(int)]
+    level = _level(stack, rows, maps, mask)
+    products, _ = look(level, None, SubspaceSettings())
     factor = float(products.inner[:, 0].sum() / products.gram[:, 0, 0].sum())
     for _ in range(GREY_ROUNDS):
-        seen = _brighter(products, factor)
-        where = posterior(seen, n_reals, scale_spread)
+        seen = replace(products, gram=products.gram * factor**2, inner=products.inner * factor)
+        where = posterior(seen, level.images.coefficients, scale_spread)
         counted = ~where.is_noise
         if factor <= 0 or not bool(counted.any()):
             raise not_shown(stack, factor)
-        first, second = where.factors()
+        linear, second = where.factors()
         explained = (seen.gram * second).sum((1, 2))
-        change = float((first * seen.inner).sum(1)[counted].sum() / explained[counted].sum())
+        change = float((linear * seen.inner).sum(1)[counted].sum() / explained[counted].sum())
         factor *= change
         if abs(change - 1) < GREY_SETTLED:
             break

@@ -21,13 +21,13 @@ from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel
-from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
+from cryodrgn_pipeline.subspace.placing import kept_subspace
 from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
@@ -117,7 +117,7 @@ def learn(request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64]) -> tu
     if request.nonlinear and fit.posterior.z.shape[1]:
         learnt = _nonlinear(request, stack, rows, fit, settings)
     else:
-        subspace = kept_subspace(fit, fit.level.maps, None)
+        subspace = kept_subspace(stack, rows, fit, fit.level.maps, None)
         model = replace(linear_model(stack, rows, fit, request.latent_dim, settings), subspace=subspace)
         learnt = Learnt(model=model, columns=linear_columns(fit.posterior, model))
     poses = fit.known.poses
@@ -147,7 +147,7 @@ def _nonlinear(
     )
     placing = fit.level.maps
     vae, latents, seen = train_basis(fit, held_out, config, settings)
-    subspace = kept_subspace(fit, placing, fit.level.maps)
+    subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
     columns = coordinates(latents.z, latents.std, request.latent_dim) | {
         "loss": latents.loss.numpy(),
         "contrast": fit.posterior.scale.float().numpy(),
@@ -156,18 +156,6 @@ def _nonlinear(
     }
     model = replace(basis_model(stack, rows, fit, vae, latents, settings), subspace=subspace)
     return Learnt(model=model, columns=columns, seen=seen)
-
-
-def kept_subspace(fit: Fit, placing: Tensor, drawn: Tensor | None) -> Subspace:
-    """What the model keeps, so that other images can be placed by the maps `placing`."""
-    poses = fit.known.poses
-    return Subspace(
-        maps=placing,
-        mask=fit.level.lattice.mask,
-        drawn=drawn,
-        scale_spread=fit.known.scale_spread,
-        shift_spread=None if poses is None else poses.shift_spread,
-    )
 
 
 def linear_columns(where: Posterior, model: LinearModel) -> dict[str, NDArray[Any]]:
