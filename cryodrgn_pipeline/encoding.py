@@ -26,7 +26,8 @@ from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import encoded
 from cryodrgn_pipeline.subspace.placing import Placement, not_shown, place
 from cryodrgn_pipeline.subspace.run import coordinates, linear_columns
-from cryodrgn_pipeline.training.data import Placed, TrainingData
+from cryodrgn_pipeline.training.batch import Placed
+from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.grey import grey_gain
 from cryodrgn_pipeline.training.loop import Network, Trainer
 from cryodrgn_pipeline.training.run import latent_columns, low_resolution_points

@@ -28,7 +28,8 @@ from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
-from cryodrgn_pipeline.training.data import Placed, TrainingData
+from cryodrgn_pipeline.training.batch import Placed
+from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Trainer
 
 BOX, PIXEL_A = 16, 5.0
@@ -217,7 +218,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights_without_a_new_subsp
         stopped = CliRunner().invoke(app, command.split())
     assert stopped.exit_code == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "run.json").exists()
-    monkeypatch.setattr("cryodrgn_pipeline.training.run.learn", None)
+    monkeypatch.setattr("cryodrgn_pipeline.training.start.learn", None)
     run(command)
     one, other = (load_file(path / "model.safetensors") for path in (runs[name], tmp_path / "run"))
     assert all(torch.equal(one[key], other[key]) for key in one)

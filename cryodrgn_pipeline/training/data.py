@@ -1,4 +1,4 @@
-"""Batches for training: normalised half-plane coefficients with their CTF and slice geometry."""
+"""From a stack to batches: normalised half-plane coefficients, CTFs, and what the encoder reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import coefficients_at, in_plane_angle, turned_half_plane
-from cryodrgn_pipeline.fourier.slices import slice_coordinates
-from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
+from cryodrgn_pipeline.fourier.transforms import half_plane_coefficients
 from cryodrgn_pipeline.models.vae import VaeConfig
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
+from cryodrgn_pipeline.training.batch import Batch, Placed
 from cryodrgn_pipeline.training.spectra import group_rows, loss_weights, signal_to_noise
 
 log = logging.getLogger(__name__)
@@ -30,45 +29,6 @@ log = logging.getLogger(__name__)
 READ_ROWS = 512  # contiguous images read at a time
 SHUFFLE_CHUNKS = 16  # chunks whose images are mixed with each other
 NORMALISATION_IMAGES = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """B images at the P half-plane frequencies; `rows` are their rows in the stack, `position` among all."""
-
-    rows: NDArray[np.int64]
-    position: Tensor  # (B,)
-    coefficients: Tensor  # (B, P) complex64, divided by the normalisation σ
-    ctf: Tensor  # (B, P), times the particle's contrast where that is known
-    weight: Tensor | None  # (B, P) of squared residuals; None: 1
-    seen: Tensor  # what the encoder reads: (B, P_e) complex64, filtered, or (B, F) features
-    rotation: Tensor  # (B, 3, 3)
-    magnification: Tensor  # (B,) volume pixel size / image pixel size
-
-    def coordinates(self, plane: HalfPlane, points: Tensor | slice, images: slice) -> Tensor:
-        """Where chosen half-plane points of chosen images lie in the volume: `(b, Q, 3)` cycles per pixel."""
-        chosen = plane.at(points)
-        cycles_per_box = slice_coordinates(chosen, self.rotation[images], self.magnification[images])
-        return cycles_per_box / plane.box_size_px
-
-    def transfer(self, points: Tensor | slice, images: slice) -> Tensor:
-        """What turns volume into image coefficients, `(b, Q)`: the CTF, and finer pixels hold less each."""
-        return self.ctf[images, points] * self.magnification[images, None] ** 2
-
-    def weights(self, points: Tensor | slice, images: slice) -> Tensor | None:
-        """Weights of the squared residuals, `(b, Q)`; None: 1."""
-        return None if self.weight is None else self.weight[images, points]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """What the subspace says about N particles: `features` `(N, F)` for an encoder, `contrast` `(N,)` and
-    `poses`, what corrects theirs (None: nothing).
-    """
-
-    features: Tensor
-    contrast: Tensor
-    poses: PoseOffsets | None
 
 
 class TrainingData:

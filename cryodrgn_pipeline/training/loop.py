@@ -23,7 +23,8 @@ from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.subspace.basis import Seen
-from cryodrgn_pipeline.training.data import Batch, TrainingData
+from cryodrgn_pipeline.training.batch import Batch
+from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.losses import kl_divergence, reconstruction
 from cryodrgn_pipeline.training.settings import TrainingSettings
 from cryodrgn_pipeline.training.state import StopRequest

@@ -26,12 +26,12 @@ from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
-from cryodrgn_pipeline.subspace.run import SubspaceRequest, about, learn, write_learnt
+from cryodrgn_pipeline.subspace.run import SubspaceRequest
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.grey import grey_reference
 from cryodrgn_pipeline.training.loop import Network, Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
-from cryodrgn_pipeline.training.start import Start
+from cryodrgn_pipeline.training.start import Start, learn_start
 from cryodrgn_pipeline.training.state import (
     MANIFEST,
     CheckpointFolder,
@@ -109,7 +109,10 @@ def _train(
     (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
     start = None
     if request.model.encoder == "subspace" or request.model.decoder == "basis":
-        start = _start(request, stack, rows, fingerprint, folder.path)
+        start = Start.load(folder.path, fingerprint)
+        start = start or learn_start(
+            _of_subspace(request), stack, rows, request.model, fingerprint, folder.path
+        )
         if start is None:
             return
     data = TrainingData(
@@ -176,14 +179,9 @@ def _train(
     log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
 
 
-def _start(
-    request: TrainingRequest, stack: Stack, rows: NDArray[np.int64], fingerprint: str, folder: Path
-) -> Start | None:
-    """The default model to start from; where no component is supported, the finished run instead."""
-    if (there := Start.load(folder, fingerprint)) is not None:
-        return there
+def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
     settings = request.settings
-    of_subspace = SubspaceRequest(
+    return SubspaceRequest(
         stack=request.stack,
         run=request.run,
         subset=request.subset,
@@ -193,32 +191,6 @@ def _start(
         seed=settings.seed,
         threads=settings.threads,
     )
-    started = time.monotonic()
-    fit, learnt = learn(of_subspace, stack, rows)
-    described = about(of_subspace, stack, fit)
-    if isinstance(learnt.model, BasisModel):
-        start = Start.of(fit, learnt, described)
-        start.save(folder, fingerprint)
-        return start
-    log.warning(
-        "no component is supported by held-out images: the model is the mean map, z is 0, and there is "
-        "nothing for encoder %s and decoder %s to learn",
-        request.model.encoder,
-        request.model.decoder,
-    )
-    seconds = time.monotonic() - started
-    manifest = environment() | {
-        "method": "vae",
-        "encoder": request.model.encoder,
-        "decoder": request.model.decoder,
-        "fingerprint": fingerprint,
-        **described,
-        "epochs": 0,
-        "training_seconds": seconds,
-        "wall_seconds": seconds,
-    }
-    write_learnt(request.run, stack.particles.particle_id[rows], fit, learnt, manifest)
-    return None
 
 
 def _network(model: VaeConfig, start: Start | None, scale: float) -> Network:

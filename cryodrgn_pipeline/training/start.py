@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.io.checkpoints import load_model, load_state, save_model, save_state
+from cryodrgn_pipeline.io.manifest import environment
 from cryodrgn_pipeline.models.basis import BasisModel
+from cryodrgn_pipeline.models.vae import VaeConfig
+from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
-from cryodrgn_pipeline.subspace.run import Learnt
-from cryodrgn_pipeline.training.data import Placed
+from cryodrgn_pipeline.subspace.run import Learnt, SubspaceRequest, about, learn, write_learnt
+from cryodrgn_pipeline.training.batch import Placed
 
 log = logging.getLogger(__name__)
 
@@ -102,3 +107,44 @@ class Start:
             columns={name: values.numpy() for name, values in state["columns"].items()},
             about=state["about"],
         )
+
+
+def learn_start(
+    request: SubspaceRequest,
+    stack: Stack,
+    rows: NDArray[np.int64],
+    model: VaeConfig,
+    fingerprint: str,
+    folder: Path,
+) -> Start | None:
+    """Learn the default model and keep it in the folder of checkpoints.
+
+    Where held-out images support no component there is nothing to start from: the run is written as it then
+    is, the mean map with z = 0, and the result is None.
+    """
+    started = time.monotonic()
+    fit, learnt = learn(request, stack, rows)
+    described = about(request, stack, fit)
+    if isinstance(learnt.model, BasisModel):
+        start = Start.of(fit, learnt, described)
+        start.save(folder, fingerprint)
+        return start
+    log.warning(
+        "no component is supported by held-out images: the model is the mean map, z is 0, and there is "
+        "nothing for encoder %s and decoder %s to learn",
+        model.encoder,
+        model.decoder,
+    )
+    seconds = time.monotonic() - started
+    manifest = environment() | {
+        "method": "vae",
+        "encoder": model.encoder,
+        "decoder": model.decoder,
+        "fingerprint": fingerprint,
+        **described,
+        "epochs": 0,
+        "training_seconds": seconds,
+        "wall_seconds": seconds,
+    }
+    write_learnt(request.run, stack.particles.particle_id[rows], fit, learnt, manifest)
+    return None
