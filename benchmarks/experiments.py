@@ -47,7 +47,8 @@ NETWORK = "--encoder-width 256 --decoder-width 256 --coordinate-fraction 0.25 --
 RESIDUAL = f"--encoder subspace --decoder mlp {NETWORK} --epochs 10 --learning-rate 3e-4"
 IMAGE_BASIS = f"--encoder image --decoder basis {NETWORK} --epochs 40 --learning-rate 1e-3"
 MLP = f"--encoder image --decoder mlp {NETWORK}"
-USUAL = f"{MLP} --epochs 20 --learning-rate 1e-3"
+USUAL = f"{MLP} --epochs 15 --learning-rate 1e-3"
+WIDE = f"{MLP} --epochs 4 --learning-rate 1e-3 --coordinate-fraction 0.1"
 ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes that are scored
     **{
         f"{name} {arm}": (name, options, 100)
@@ -59,24 +60,20 @@ ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes th
             ("image basis", IMAGE_BASIS),
         )
     },
-    "usual": ("half32", USUAL, 40),
-    "wiener": ("half32", f"{USUAL} --encoder-filter wiener", 40),
-    "hartley": ("half32", f"{USUAL} --domain hartley", 40),
-    "masked": ("masked32", USUAL, 40),
-    "marching": ("half32", f"{USUAL} --frequency-marching 10", 40),
-    "white": ("coloured32", USUAL, 40),
-    "whitened": ("coloured32", f"{USUAL} --loss whitened", 40),
-    "batch 64": ("half32", f"{USUAL} --batch-size 64", 40),
-    "batch 64, rate x 2": ("half32", f"{MLP} --epochs 20 --learning-rate 2e-3 --batch-size 64", 40),
-    "batch 256": ("half32", f"{USUAL} --batch-size 256", 40),
-    "batch 256, rate x 4": ("half32", f"{MLP} --epochs 20 --learning-rate 4e-3 --batch-size 256", 40),
-    "width 256, 6 epochs": ("half32", f"{MLP} --epochs 6 --learning-rate 1e-3", 40),
-    "width 1024, 6 epochs": (
-        "half32",
-        f"{MLP} --epochs 6 --learning-rate 1e-3 --encoder-width 1024 --decoder-width 1024",
-        40,
-    ),
-    "half32 default": ("half32", "", 40),
+    "usual": ("half32", USUAL, 30),
+    "wiener": ("half32", f"{USUAL} --encoder-filter wiener", 30),
+    "hartley": ("half32", f"{USUAL} --domain hartley", 30),
+    "masked": ("masked32", USUAL, 30),
+    "marching": ("half32", f"{USUAL} --frequency-marching 8", 30),
+    "white": ("coloured32", USUAL, 30),
+    "whitened": ("coloured32", f"{USUAL} --loss whitened", 30),
+    "batch 64": ("half32", f"{USUAL} --batch-size 64", 30),
+    "batch 64, rate x 2": ("half32", f"{MLP} --epochs 15 --learning-rate 2e-3 --batch-size 64", 30),
+    "batch 256": ("half32", f"{USUAL} --batch-size 256", 30),
+    "batch 256, rate x 4": ("half32", f"{MLP} --epochs 15 --learning-rate 4e-3 --batch-size 256", 30),
+    "width 256": ("half32", WIDE, 10),
+    "width 1024": ("half32", f"{WIDE} --encoder-width 1024 --decoder-width 1024", 10),
+    "half32 default": ("half32", "", 30),
 }
 
 
@@ -94,8 +91,9 @@ def prepared(work: Path, name: str) -> Path:
     folder, (simulated, preparing) = work / name, SETS[name]
     if not (folder / "simulated" / "simulate.json").is_file():
         ours("simulate", *simulated.split(), "-o", folder / "simulated")
-    ours("import", folder / "simulated" / "particles.star", "-o", folder / "import")
-    ours("preprocess", folder / "import", "--box-size", "32", *preparing.split(), "-o", folder / "stack")
+    if not (folder / "stack" / "stack.json").is_file():
+        ours("import", folder / "simulated" / "particles.star", "-o", folder / "import")
+        ours("preprocess", folder / "import", "--box-size", "32", *preparing.split(), "-o", folder / "stack")
     return folder
 
 
