@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
-from cryodrgn_pipeline.subspace.basis import train_basis
+from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
+from cryodrgn_pipeline.subspace.placing import kept_subspace
+from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
@@ -59,10 +61,11 @@ class SubspaceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """A model with the columns of its latent table."""
+    """A model with the columns of its latent table, and what the images say about its network's maps."""
 
     model: LinearModel | BasisModel
     columns: dict[str, NDArray[Any]]
+    seen: Seen | None = None
 
 
 def train_subspace(request: SubspaceRequest) -> None:
@@ -75,12 +78,11 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
-    settings = request.settings()
     described = {
         "method": "vae" if request.nonlinear else "subspace",
         "stack": stack.fingerprint,
         "particles": digest([str(i) for i in stack.particles.particle_id[rows]]),
-        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
+        "settings": asdict(request.settings()) | {"latent_dim": request.latent_dim},
         "held_out_fraction": request.held_out_fraction if request.nonlinear else 0,
     }
     fingerprint, run = digest(described), request.run
@@ -89,21 +91,48 @@ def train_subspace(request: SubspaceRequest) -> None:
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
         (run / MANIFEST).unlink(missing_ok=True)
-        fit = fit_subspace(stack, rows, settings)
-        if request.nonlinear and fit.posterior.z.shape[1]:
-            learnt = _nonlinear(request, stack, rows, fit, settings)
-        else:
-            model = linear_model(stack, rows, fit, request.latent_dim, settings)
-            learnt = Learnt(model=model, columns=_linear_columns(fit, model, request.latent_dim))
-        save_model(run / MODEL_FILE, learnt.model)
-        ids = {"particle_id": stack.particles.particle_id[rows]}
-        poses = fit.known.poses
-        offsets = {} if poses is None else poses.columns(stack.box_size_px * stack.pixel_size_a)
-        write_columns(run / "latent.parquet", ids | learnt.columns | offsets)
-        _write_metrics(run, fit)
+        fit, learnt = learn(request, stack, rows)
         seconds = time.monotonic() - started
-        write_json(run / MANIFEST, _manifest(request, stack, fit, described, fingerprint, seconds))
+        manifest = environment() | {
+            "method": described["method"],
+            "encoder": "subspace",
+            "decoder": "basis" if request.nonlinear else "linear",
+            "fingerprint": fingerprint,
+            **about(request, stack, fit),
+            "epochs": len(fit.history),
+            "training_seconds": seconds,
+            "wall_seconds": seconds,
+        }
+        write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
+
+
+def learn(request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64]) -> tuple[Fit, Learnt]:
+    """The subspace of some rows of a stack, and the linear model in it or the nonlinear one.
+
+    Where held-out images support no component, the model is the mean map: a linear one either way.
+    """
+    settings = request.settings()
+    fit = fit_subspace(stack, rows, settings)
+    if request.nonlinear and fit.posterior.z.shape[1]:
+        learnt = _nonlinear(request, stack, rows, fit, settings)
+    else:
+        subspace = kept_subspace(stack, rows, fit, fit.level.maps, None)
+        model = replace(linear_model(stack, rows, fit, request.latent_dim, settings), subspace=subspace)
+        learnt = Learnt(model=model, columns=linear_columns(fit.posterior, model))
+    poses = fit.known.poses
+    offsets = {} if poses is None else poses.columns(stack.box_size_px * stack.pixel_size_a)
+    return fit, replace(learnt, columns=learnt.columns | offsets)
+
+
+def write_learnt(
+    run: Path, particle_id: NDArray[Any], fit: Fit, learnt: Learnt, manifest: dict[str, Any]
+) -> None:
+    """Write model, latents, log and, last, the manifest into the run folder."""
+    save_model(run / MODEL_FILE, learnt.model)
+    write_columns(run / "latent.parquet", {"particle_id": particle_id} | learnt.columns)
+    _write_metrics(run, fit)
+    write_json(run / MANIFEST, manifest)
 
 
 def _nonlinear(
@@ -116,21 +145,24 @@ def _nonlinear(
     config = BasisConfig(
         components=fit.posterior.z.shape[1], latent_dim=request.latent_dim, seed=request.seed
     )
-    vae, latents = train_basis(fit, held_out, config, settings)
-    columns = _coordinates(latents.z, latents.std, request.latent_dim) | {
+    placing = fit.level.maps
+    vae, latents, seen = train_basis(fit, held_out, config, settings)
+    subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
+    columns = coordinates(latents.z, latents.std, request.latent_dim) | {
         "loss": latents.loss.numpy(),
         "contrast": fit.posterior.scale.float().numpy(),
         "log_evidence": latents.evidence.numpy(),
         "held_out": held_out.numpy(),
     }
-    return Learnt(model=basis_model(stack, rows, fit, vae, latents, settings), columns=columns)
+    model = replace(basis_model(stack, rows, fit, vae, latents, settings), subspace=subspace)
+    return Learnt(model=model, columns=columns, seen=seen)
 
 
-def _linear_columns(fit: Fit, model: LinearModel, latent_dim: int) -> dict[str, NDArray[Any]]:
+def linear_columns(where: Posterior, model: LinearModel) -> dict[str, NDArray[Any]]:
     """Coordinates with their whole posterior; those of components that were not kept are 0 ± 0."""
-    where = fit.posterior.turned(torch.diag(model.spread.double()))
+    where = where.turned(torch.diag(model.spread.double()))
     deviation = where.covariance.diagonal(dim1=1, dim2=2).sqrt()
-    columns = _coordinates(where.z, deviation, latent_dim)
+    columns = coordinates(where.z, deviation, model.latent_dim)
     for j in range(model.components):
         for k in range(j):
             columns[f"cov_{j}_{k}"] = where.covariance[:, j, k].float().numpy()
@@ -142,7 +174,8 @@ def _linear_columns(fit: Fit, model: LinearModel, latent_dim: int) -> dict[str, 
     }
 
 
-def _coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+def coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+    """Columns z_j and std_j; those beyond the coordinates that are there are 0."""
     columns: dict[str, NDArray[Any]] = {}
     for prefix, values in (("z", z), ("std", std)):
         padded = torch.nn.functional.pad(values.float(), (0, latent_dim - values.shape[1])).numpy()
@@ -172,19 +205,10 @@ def _pose_offsets(fit: Fit, stack: Stack) -> dict[str, Any] | None:
     }
 
 
-def _manifest(
-    request: SubspaceRequest,
-    stack: Stack,
-    fit: Fit,
-    described: dict[str, Any],
-    fingerprint: str,
-    seconds: float,
-) -> dict[str, Any]:
-    return environment() | {
-        "method": described["method"],
-        "encoder": "subspace",
-        "decoder": "basis" if request.nonlinear else "linear",
-        "fingerprint": fingerprint,
+def about(request: SubspaceRequest, stack: Stack, fit: Fit) -> dict[str, Any]:
+    """What a manifest says about images, components, contrast and poses."""
+    settings = request.settings()
+    return {
         "stack": str(request.stack),
         "stack_fingerprint": stack.fingerprint,
         "subset": None if request.subset is None else str(request.subset),
@@ -192,15 +216,12 @@ def _manifest(
         "box_size_px": stack.box_size_px,
         "pixel_size_a": stack.pixel_size_a,
         "components": fit.supported,
-        "components_tried": described["settings"]["max_components"],
+        "components_tried": settings.max_components,
         "held_out_gain": [{"mean": mean, "standard_error": error} for mean, error in fit.gains],
         "contrast_spread": fit.known.scale_spread,
         "pose_offsets": _pose_offsets(fit, stack),
         "noise_images": int(fit.posterior.is_noise.sum()),
-        "settings": described["settings"],
+        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "epochs": len(fit.history),
-        "training_seconds": seconds,
-        "wall_seconds": seconds,
     }
