@@ -67,7 +67,7 @@ class Consensus(Section):
 
 
 class Train(Section):
-    """The latent model and its training; the default takes latent_dim, held_out_fraction and seed only."""
+    """The latent model and its training; the default takes latent_dim and seed only."""
 
     method: Literal["vae", "subspace"] = Field(
         "vae", description="vae, or subspace: linear; takes latent_dim and seed only"
@@ -75,8 +75,9 @@ class Train(Section):
     encoder: Literal["subspace", "image"] = Field(
         "subspace", description="what the vae's encoder reads: the posterior in the subspace, or the image"
     )
-    decoder: Literal["basis", "mlp"] = Field(
-        "basis", description="what the vae draws with: basis, maps of the subspace; mlp: a coordinate network"
+    decoder: Literal["kernel", "basis", "mlp"] = Field(
+        "kernel",
+        description="maps in the subspace by a kernel or by a network (basis); mlp: a coordinate network",
     )
     latent_dim: Count = Field(8, description="dimensions of z")
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
