@@ -32,7 +32,8 @@ from cryodrgn_pipeline.headroom import headroom, reference_scores
 from cryodrgn_pipeline.io.runs import write_columns, write_z
 from cryodrgn_pipeline.stack import Stack
 
-SMALL = "--particles 4000 --box-size 32 --pixel-size 6.0 --seed 1"
+OTHER = "--particles 4000 --box-size 32 --pixel-size 6.0"
+SMALL = f"{OTHER} --seed 1"
 HARD = "--junk 0.15 --contrast-spread 0.25 --noise-colour 3 --pose-error 3 --shift-error 6"
 MTOR = "--hinge-chain A:1385-1760 --absent-chain C --motion-range 60 --occupancy 0.65"
 SETS: dict[str, tuple[str, str | None]] = {  # options of `simulate`, structure
@@ -40,6 +41,17 @@ SETS: dict[str, tuple[str, str | None]] = {  # options of `simulate`, structure
     "4jsv32": (f"{SMALL} --snr 0.3 {MTOR}", "4JSV_AC"),
     "large32": (f"{SMALL} --snr 0.15 --motion-range 180 --occupancy 1", None),
     "hard32": (f"{SMALL} --snr 0.25 {HARD}", None),
+    "single32": (f"{OTHER} --seed 5 --structure-seed 2 --snr 0.15 --motion-range 90 --occupancy 1", None),
+    "twist32": (
+        f"{OTHER} --seed 8 --structure-seed 4 --snr 0.2 --motion twist --motion-range 120 --occupancy 1",
+        None,
+    ),
+    "pref32": (f"{OTHER} --seed 12 --structure-seed 7 --snr 0.2 --orientations preferred", None),
+    "hinge64": (
+        "--particles 5000 --box-size 64 --pixel-size 3.0 --seed 13 --structure-seed 8 --snr 0.15 "
+        "--occupancy 1",
+        None,
+    ),
     "rigid32": (f"{SMALL} --snr 0.25 --motion none --occupancy 1", None),
     "species64": (
         "--particles 12000 --box-size 64 --pixel-size 3.0 --seed 1 --snr 0.15 --species 8",
@@ -50,7 +62,8 @@ MLP = "--method vae --encoder image --decoder mlp --encoder-width 256 --decoder-
 METHODS: dict[str, tuple[str, str]] = {  # options of `train` and of `volumes`
     "subspace": ("--method subspace", ""),
     "subspace_particles": ("--method subspace", "--source particles"),
-    "vae": ("--method vae", ""),
+    "default": ("", ""),
+    "basis": ("--decoder basis", ""),
     "mlp": (f"{MLP} --coordinate-fraction 0.25 --learning-rate 1e-3 --encoder-mask-radius 0.5", ""),
 }
 PEER_SIZE = "--zdim 8 --enc-dim 256 --dec-dim 256 --seed 0 --no-analysis"
@@ -288,7 +301,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=HERE / "work", help="scratch folder, one folder a set")
     parser.add_argument("--venv", type=Path, default=HERE / "work" / "cryodrgn_venv", help="cryoDRGN's")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["subspace", "vae"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["subspace", "default"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

@@ -92,10 +92,13 @@ def test_the_conclusion_counts_only_sets_on_which_cryodrgn_converged():
     rows = [replace(each, converged=True) for each in flat + other] + [
         replace(each, set="rigid32") for each in ROWS
     ]
-    assert "`vae` over converged cryoDRGN, mean of hinge32, large32: +0.050 (+0.050 … +0.050" in conclusion(
-        rows
+    said = conclusion(rows)
+    assert (
+        "mean of hinge32, large32: +0.050. Of those with scores by image (hinge32, large32): +0.050" in said
     )
-    assert "rigid32" not in conclusion(rows)
+    assert "rigid32" not in said
+    rows[2] = replace(rows[2], each=[])  # only the mean was kept
+    assert "large32: +0.050. Of those with scores by image (hinge32): +0.020 (" in conclusion(rows)
 
 
 def test_scores_name_each_final_run_with_the_ends_between_which_it_lies():
