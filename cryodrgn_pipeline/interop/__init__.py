@@ -1,0 +1,1 @@
+"""Host programs' protocols; nothing here is imported unless it is asked for."""

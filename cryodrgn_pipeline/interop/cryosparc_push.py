@@ -1,0 +1,229 @@
+"""A run's results as an external job of cryoSPARC: made once, filled whole, refilled when the run changed."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryodrgn_pipeline import __version__
+from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.interop.cryosparc_client import Connection, Output, output_of_kind
+from cryodrgn_pipeline.interop.cryosparc_content import Content, State
+from cryodrgn_pipeline.interop.cryosparc_job import COMPLETED, ExternalJob, filling
+from cryodrgn_pipeline.io.atomic import write_json
+from cryodrgn_pipeline.io.output_lock import sole_writer
+from cryodrgn_pipeline.io.runs import read_json
+
+log = logging.getLogger(__name__)
+
+JOURNAL, RECEIPT = "job.json", "pushed.json"
+INPUT = "particles"
+INPUT_SLOTS = ("blob", "ctf", "alignments3D")
+COMPONENTS = "components"
+MAP_DTYPE = "blob"  # where the refinement has no map to copy it from
+MAP_SLOTS = ("map", "map_half_A", "map_half_B")
+EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where results go: a workspace of a project, beside the `output` of `job` that the particles are from."""
+
+    project: str
+    workspace: str
+    job: str
+    output: str = "particles"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journal:
+    """What a push remembers on disk while it works.
+
+    `mark` is written into the job's description, so that a job can be found whose uid was lost; `job` its
+    uid; `digest` that of the content which is or was being filled in; `completed`: it was filled whole.
+    """
+
+    target: Target
+    mark: str
+    job: str | None = None
+    digest: str | None = None
+    completed: bool = False
+
+
+def push(content: Content, target: Target, folder: Path) -> str:
+    """Make or refill the external job of a run; does nothing where it holds this content already.
+
+    Parameters
+    ----------
+    content
+        What `cryosparc_content.gather` found.
+    target
+        Where it goes.
+    folder
+        Folder for job.json, which a rerun needs, and pushed.json, which appears when all is done.
+
+    Returns
+    -------
+    The uid of the job, such as J57.
+
+    Raises
+    ------
+    ExternalJobError
+        If cryoSPARC cannot be reached or refuses; the job is then marked as failed.
+    InputFormatError
+        If particles of the run are not in the output that they are said to be from.
+    """
+    with sole_writer(folder / JOURNAL):
+        connection = Connection.open()
+        source = _checked_source(connection, content, target)
+        journal, handle = _journal(connection, target, folder / JOURNAL)
+        fingerprint = content.digest()
+        if handle is None:
+            handle = connection.create_external_job(
+                target.project, target.workspace, _title(content), _description(content, journal)
+            )
+        job = ExternalJob(connection, target.project, handle)
+        whole = journal.completed and journal.digest == fingerprint and journal.job == job.uid
+        if whole and job.status() == COMPLETED and (folder / RECEIPT).is_file():
+            log.info("%s holds this content already; nothing to do", job.name)
+            return job.uid
+        (folder / RECEIPT).unlink(missing_ok=True)
+        journal = replace(journal, job=job.uid, digest=fingerprint, completed=False)
+        write_json(folder / JOURNAL, asdict(journal))
+        job.clear()
+        with filling(job):
+            _define(job, content, target, source)
+            job.start()
+            _fill(job, content)
+        write_json(folder / JOURNAL, asdict(replace(journal, completed=True)))
+        write_json(folder / RECEIPT, _receipt(job, content, target, fingerprint, connection))
+        log.info("%d particles and %d volumes are in %s", len(content.uid), len(content.states), job.name)
+        return job.uid
+
+
+def _checked_source(connection: Connection, content: Content, target: Target) -> dict[str, Output]:
+    where = f"{target.project} {target.job}"
+    outputs = connection.outputs(target.project, target.job)
+    output = output_of_kind(outputs, target.output, "particle", where)
+    slot = next((name for name in reversed(INPUT_SLOTS) if name in output.slots), next(iter(output.slots)))
+    there = np.asarray(connection.load(target.project, target.job, target.output, [slot])["uid"])
+    lacking = content.uid[~np.isin(content.uid, there.astype(np.uint64))]
+    if len(lacking):
+        raise InputFormatError(
+            f"{content.run}: {len(lacking)} of its {len(content.uid)} particles are not in {target.output} of "
+            f"{where}, such as uid {', '.join(str(uid) for uid in lacking[:EXAMPLES])}; name the job that the "
+            "run was made from"
+        )
+    return outputs
+
+
+def _journal(connection: Connection, target: Target, path: Path) -> tuple[Journal, Any | None]:
+    """What an earlier push to the same target remembered, and its job if that still exists."""
+    journal = _read_journal(path)
+    if journal is not None and journal.target != target:
+        log.info("%s is about another target (%s); a new job is made", path, journal.target)
+        journal = None
+    if journal is None:
+        journal = Journal(target=target, mark=secrets.token_hex(8))
+        write_json(path, asdict(journal))
+        return journal, None
+    if journal.job is not None:
+        return journal, connection.find_external_job(target.project, journal.job)
+    return journal, connection.find_by_description(target.project, target.workspace, journal.mark)
+
+
+def _read_journal(path: Path) -> Journal | None:
+    if not path.is_file():
+        return None
+    content = read_json(path, "remove it; the next push then makes a new job")
+    try:
+        return Journal(**{**content, "target": Target(**content["target"])})
+    except (KeyError, TypeError) as error:
+        raise InputFormatError(
+            f"{path}: not what push writes ({error}); remove it, and the next push makes a new job"
+        ) from error
+
+
+def _define(job: ExternalJob, content: Content, target: Target, source: dict[str, Output]) -> None:
+    slots = source[target.output].slots
+    if (target.job, target.output) not in job.inputs().get(INPUT, []):
+        required = {name: slots[name] for name in INPUT_SLOTS if name in slots} or slots
+        job.connect(INPUT, target.job, target.output, required)
+    components = {f"components_mode_{mode}": COMPONENTS for mode in range(content.z.shape[1])}
+    for group in content.groups:
+        job.add_output("particle", group.name, components, group.title, passthrough=INPUT)
+    for state in content.states:
+        job.add_output("volume", state.name, _map_slots(state, source), state.title)
+
+
+def _fill(job: ExternalJob, content: Content) -> None:
+    ours = {output.name for output in (*content.groups, *content.states)}
+    stale = [name for name in job.output_names() if name not in ours]
+    job.log(f"cryodrgn_pipeline {__version__}: {content.run.resolve()}")
+    if stale:
+        job.log(f"outputs of an earlier push that stay empty: {', '.join(stale)}")
+    for number, group in enumerate(content.groups, start=1):
+        job.progress(f"particles {number} of {len(content.groups)}: {group.title}, {len(group.rows)} rows")
+        job.save(group.name, _particles(job, group.name, content.uid[group.rows], content.z[group.rows]))
+    for number, state in enumerate(content.states, start=1):
+        job.progress(f"volume {number} of {len(content.states)}: {state.title}")
+        job.save(state.name, _uploaded(job, state))
+    for image, caption in content.images:
+        job.show(image, caption)
+    if content.images:
+        job.set_tile(content.images[0][0])
+
+
+def _particles(job: ExternalJob, output: str, uid: NDArray[np.uint64], z: NDArray[np.float32]) -> Any:
+    dataset = job.allocate(output, uid)
+    for mode in range(z.shape[1]):
+        dataset[f"components_mode_{mode}/component"] = mode
+        dataset[f"components_mode_{mode}/value"] = z[:, mode]
+    return dataset
+
+
+def _map_slots(state: State, source: dict[str, Output]) -> dict[str, str]:
+    """The slots of a map, with the dtypes that the refinement's own map has."""
+    known = next((o.slots for o in source.values() if o.kind == "volume" and "map" in o.slots), {})
+    return {slot: known.get(slot, MAP_DTYPE) for slot in MAP_SLOTS[: len(state.files)]}
+
+
+def _uploaded(job: ExternalJob, state: State) -> Any:
+    dataset = job.allocate(state.name, 1)
+    for slot, file in zip(MAP_SLOTS, state.files, strict=False):
+        path = f"volumes/{state.name}_{slot}.mrc"
+        job.upload(path, file)
+        dataset[f"{slot}/path"] = f"{job.uid}/{path}"
+        dataset[f"{slot}/shape"] = [[state.box_size_px] * 3]
+        dataset[f"{slot}/psize_A"] = state.voxel_size_a
+    return dataset
+
+
+def _title(content: Content) -> str:
+    return f"cryodrgn_pipeline {'/'.join(content.run.resolve().parts[-3:])}"
+
+
+def _description(content: Content, journal: Journal) -> str:
+    return f"Written by cryodrgn_pipeline from {content.run.resolve()}. Push {journal.mark}."
+
+
+def _receipt(
+    job: ExternalJob, content: Content, target: Target, fingerprint: str, connection: Connection
+) -> dict[str, Any]:
+    return {
+        **asdict(target),
+        "external_job": job.uid,
+        "digest": fingerprint,
+        "particles": {group.name: len(group.rows) for group in content.groups},
+        "volumes": {state.name: str(state.path) for state in content.states},
+        "version": __version__,
+        "cryosparc_tools": connection.tools_version,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

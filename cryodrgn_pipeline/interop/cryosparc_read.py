@@ -1,0 +1,158 @@
+"""A cryoSPARC job's particles, consensus map and mask as plain files that the other steps read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryodrgn_pipeline import __version__
+from cryodrgn_pipeline.errors import ExternalJobError, InputFormatError
+from cryodrgn_pipeline.interop.cryosparc_client import Connection, output_of_kind
+from cryodrgn_pipeline.io.atomic import replacing, write_json
+from cryodrgn_pipeline.io.cs import save_dataset
+
+log = logging.getLogger(__name__)
+
+PARTICLES, SUMMARY, MAP, MASK, PROJECT = "particles.cs", "cryosparc.json", "map.mrc", "mask.mrc", "project"
+MAP_SLOT = "map"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where particles are in cryoSPARC.
+
+    `project` such as P3, `job` such as J42, `output` the name of its particle output. `volume` and `mask` name
+    outputs with the consensus map and a mask, None for none. `project_folder`: where the project's folder
+    is mounted on this machine, None where it has the path that cryoSPARC tells.
+    """
+
+    project: str
+    job: str
+    output: str = "particles"
+    volume: str | None = None
+    mask: str | None = None
+    project_folder: Path | None = None
+
+
+def read_job(source: Source, output: Path) -> Path:
+    """Write a job's particles, all slots joined by uid, and its map and mask into a folder.
+
+    `particles.cs` has the project's own paths, and `project` is a link to its folder, which is what
+    `import --datadir` needs. Images are not copied: they are read from there.
+
+    Parameters
+    ----------
+    source
+        Project, job and outputs.
+    output
+        Folder to write: `particles.cs`, `cryosparc.json`, `project`, and as asked `map.mrc` and `mask.mrc`.
+
+    Returns
+    -------
+    The path of particles.cs.
+
+    Raises
+    ------
+    ExternalJobError
+        If cryoSPARC cannot be reached, or has no such job or output.
+    InputFormatError
+        If the project's folder or an image stack is not visible on this machine.
+    """
+    connection = Connection.open()
+    where = f"{source.project} {source.job}"
+    outputs = connection.outputs(source.project, source.job)
+    output_of_kind(outputs, source.output, "particle", where)
+    files = {}
+    for name, kind, slot, key in (
+        (source.volume, "volume", MAP_SLOT, "volume"),
+        (source.mask, "mask", "mask", "mask"),
+    ):
+        if name is not None:
+            cure = f"; name another, or none with `{key}: null`"
+            output_of_kind(outputs, name, kind, where, cure)
+            files[key] = (name, slot)
+    folder = _visible_folder(connection, source)
+    dataset = connection.load(source.project, source.job, source.output)
+    if not len(dataset):
+        raise ExternalJobError(f"{where}: output {source.output} holds no particles")
+    _refuse_invisible_stacks(dataset, folder)
+    copies = {
+        key: folder / _path_of(connection.load(source.project, source.job, name), slot, where)
+        for key, (name, slot) in files.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    _link(output / PROJECT, folder)
+    for key, target in (("volume", MAP), ("mask", MASK)):
+        if key in copies:
+            with replacing(output / target) as temporary:
+                shutil.copyfile(copies[key], temporary)
+    save_dataset(dataset, output / PARTICLES)
+    write_json(output / SUMMARY, _summary(source, connection, folder, dataset, copies))
+    log.info("%d particles of %s %s written to %s", len(dataset), where, source.output, output)
+    return output / PARTICLES
+
+
+def _visible_folder(connection: Connection, source: Source) -> Path:
+    told = connection.project_folder(source.project)
+    folder = told if source.project_folder is None else source.project_folder
+    if not folder.is_dir():
+        raise InputFormatError(
+            f"{folder}: the folder of project {source.project} is not visible on this machine. Image stacks "
+            "are not copied over the network: run this on a machine that shares cryoSPARC's file system, "
+            "or say with --project-folder where the project is mounted here"
+        )
+    return folder.absolute()
+
+
+def _refuse_invisible_stacks(dataset: Any, folder: Path) -> None:
+    if "blob/path" not in dataset.fields():
+        raise InputFormatError(
+            f"the particles have no images (no column blob/path; there are {', '.join(dataset.fields())})"
+        )
+    paths = np.unique(np.asarray(dataset["blob/path"]).astype(str))
+    lacking = [path for path in paths if not (folder / path).is_file()]
+    if lacking:
+        raise InputFormatError(
+            f"{folder / lacking[0]}: not visible on this machine, like {len(lacking)} of the {len(paths)} image "
+            "stacks of these particles; links in the project must lead to folders that are mounted here too"
+        )
+
+
+def _path_of(dataset: Any, slot: str, where: str) -> str:
+    """The file of a one-row output: that of the slot, or of the only slot that has one."""
+    paths = [name for name in dataset.fields() if name.endswith("/path")]
+    column = f"{slot}/path" if f"{slot}/path" in paths else paths[0] if len(paths) == 1 else None
+    if column is None or len(dataset) != 1:
+        raise ExternalJobError(
+            f"{where}: one row with the column {slot}/path expected, found {len(dataset)} with "
+            f"{', '.join(dataset.fields())}"
+        )
+    return str(dataset[column][0])
+
+
+def _link(link: Path, folder: Path) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.symlink_to(folder)
+    temporary.replace(link)
+
+
+def _summary(
+    source: Source, connection: Connection, folder: Path, dataset: Any, copies: dict[str, Path]
+) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "cryosparc_tools": connection.tools_version,
+        "project": source.project,
+        "job": source.job,
+        "output": source.output,
+        "project_folder": str(folder),
+        "n_particles": len(dataset),
+        "columns": list(dataset.fields()),
+        "copied_from": {key: str(path) for key, path in copies.items()},
+    }
