@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mrcfile
 import numpy as np
 from cryosparc.dataset import Dataset
 
+from cryodrgn_pipeline.io.mrc import write_volume
 from standin import server, server4
 from standin.slots import slot_fields
 from standin.state import EMAIL, LICENSE, PASSWORD, State
@@ -42,12 +42,17 @@ class Instance:
 
 
 @contextmanager
-def instance(folder: Path, particles: Any, python: Path, major: str) -> Iterator[Instance]:
-    """Serve an instance whose refinement holds these particles (columns by name), a map and a mask."""
+def instance(
+    folder: Path, particles: Any, python: Path, major: str, maps: Mapping[str, Any] | None = None
+) -> Iterator[Instance]:
+    """Serve an instance whose refinement holds these particles (columns by name), a map and a mask.
+
+    `maps` has densities of `map` and `mask`; what it lacks is 1 everywhere.
+    """
     state = State(folder / "instance", VERSIONS[major])
     project = state.add_project(PROJECT)
     state.add_workspace(PROJECT, WORKSPACE)
-    add_refinement(state, particles)
+    add_refinement(state, particles, maps or {})
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CRYOSPARC_")}
     environment |= {
         "CRYOSPARC_EMAIL": EMAIL,
@@ -69,7 +74,7 @@ def instance(folder: Path, particles: Any, python: Path, major: str) -> Iterator
         yield Instance(state, project, python, environment)
 
 
-def add_refinement(state: State, columns: dict[str, Any]) -> None:
+def add_refinement(state: State, columns: Mapping[str, Any], densities: Mapping[str, Any]) -> None:
     """J1, a refinement: poses are its own, images and CTF passed through; a map with half maps, a mask."""
     job = state.set_status(state.new_job(PROJECT, WORKSPACE, "nonuniform_refine_new"), "completed")
     particles = Dataset({"uid": columns["uid"]})
@@ -86,16 +91,10 @@ def add_refinement(state: State, columns: dict[str, Any]) -> None:
         rows = Dataset({"uid": np.array([1], dtype=np.uint64)})
         for slot, dtype, _ in own:
             path = f"{job.uid}/{job.uid}_{name}_{slot}.mrc"
-            if not (state.folder(PROJECT) / path).exists():
-                _write_map(state.folder(PROJECT) / path, np.ones((box,) * 3, "f4"), psize_a)
+            density = densities.get(slot, np.ones((box,) * 3, dtype=np.float32))
+            write_volume(state.folder(PROJECT) / path, density, psize_a)
             rows.add_fields(slot_fields(kind, slot, dtype))
             rows[f"{slot}/path"] = path
             rows[f"{slot}/shape"] = [[box] * 3]
             rows[f"{slot}/psize_A"] = psize_a
         state.add_output(job, name, kind, own, rows)
-
-
-def _write_map(path: Path, density: Any, voxel_a: float) -> None:
-    with mrcfile.new(path) as mrc:
-        mrc.set_data(density)
-        mrc.voxel_size = voxel_a
