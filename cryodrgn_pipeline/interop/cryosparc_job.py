@@ -100,7 +100,8 @@ class ExternalJob:
         """Upload a file into the job's folder and check its size there."""
 
         def send() -> None:
-            self._job.upload(path, str(source), overwrite=True)
+            with source.open("rb") as stream:  # anew for each attempt
+                self._job.upload(path, stream, overwrite=True)
 
         with talking(f"making the folder of {path} in {self.name}"):
             self._job.mkdir(str(Path(path).parent), parents=True, exist_ok=True)
@@ -124,14 +125,14 @@ class ExternalJob:
 
     def show(self, image: Path, text: str) -> None:
         """A PNG image with a caption in the event log."""
-        with talking(f"uploading {image.name} to {self.name}"):
-            self._job.log_plot(str(image), text)
+        with talking(f"uploading {image.name} to {self.name}"), image.open("rb") as stream:
+            self._job.log_plot(stream, text, formats=["png"])
 
     def set_tile(self, image: Path) -> None:
         """The PNG image on the job's card; a client of 4.x has no call for it."""
         if not self._connection.is_4:
-            with talking(f"uploading {image.name} to {self.name}"):
-                self._job.set_tile_image(str(image))
+            with talking(f"uploading {image.name} to {self.name}"), image.open("rb") as stream:
+                self._job.set_tile_image(stream)
 
     def start(self) -> None:
         """Set it running: outputs can be saved from now on."""

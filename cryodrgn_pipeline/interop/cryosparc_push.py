@@ -91,20 +91,20 @@ def push(content: Content, target: Target, folder: Path) -> str:
             )
         job = ExternalJob(connection, target.project, handle)
         whole = journal.completed and journal.digest == fingerprint and journal.job == job.uid
-        if whole and job.status() == COMPLETED and (folder / RECEIPT).is_file():
+        if whole and job.status() == COMPLETED:
             log.info("%s holds this content already; nothing to do", job.name)
-            return job.uid
-        (folder / RECEIPT).unlink(missing_ok=True)
-        journal = replace(journal, job=job.uid, digest=fingerprint, completed=False)
-        write_json(folder / JOURNAL, asdict(journal))
-        job.clear()
-        with filling(job):
-            _define(job, content, target, source)
-            job.start()
-            _fill(job, content)
-        write_json(folder / JOURNAL, asdict(replace(journal, completed=True)))
+        else:
+            (folder / RECEIPT).unlink(missing_ok=True)
+            journal = replace(journal, job=job.uid, digest=fingerprint, completed=False)
+            write_json(folder / JOURNAL, asdict(journal))
+            job.clear()
+            with filling(job):
+                _define(job, content, target, source)
+                job.start()
+                _fill(job, content)
+            write_json(folder / JOURNAL, asdict(replace(journal, completed=True)))
+            log.info("%d particles, %d volumes are in %s", len(content.uid), len(content.states), job.name)
         write_json(folder / RECEIPT, _receipt(job, content, target, fingerprint, connection))
-        log.info("%d particles and %d volumes are in %s", len(content.uid), len(content.states), job.name)
         return job.uid
 
 

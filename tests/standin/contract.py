@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import importlib
 import importlib.resources
 import inspect
+import json
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +56,7 @@ class Function:
         return "/" + self.name.replace(".", "/") + "".join(f"/{{{p.name}}}" for p in self.path_parameters)
 
 
+@functools.cache
 def published_functions() -> dict[str, Function]:
     """Every function of the installed package's `api.pyi`, by its name."""
     tree = ast.parse((importlib.resources.files("cryosparc") / "api.pyi").read_text())
@@ -115,8 +118,9 @@ def is_stream(kind: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, Streamable)
 
 
-def openapi(functions: dict[str, Function], version: str) -> dict[str, Any]:
-    """The OpenAPI document from which the client builds its functions."""
+@functools.cache
+def openapi(version: str) -> bytes:
+    """The OpenAPI document from which the client builds its functions, as JSON."""
     models = registry.REGISTERED_MODEL_CLASSES.values()
     ours = [(model, "validation") for model in models if model.__module__.startswith("cryosparc.")]
     definitions = models_json_schema(ours, ref_template=SCHEMAS)[1].setdefault("$defs", {})
@@ -137,7 +141,7 @@ def openapi(functions: dict[str, Function], version: str) -> dict[str, Any]:
         return {"application/json": {"schema": titled}}
 
     paths: dict[str, Any] = {}
-    for function in functions.values():
+    for function in published_functions().values():
         answer = {"description": "ok"}
         if function.returns is not None:
             answer["content"] = content(function.returns)
@@ -156,7 +160,8 @@ def openapi(functions: dict[str, Function], version: str) -> dict[str, Any]:
             entry["requestBody"] = {"required": function.body.default is MISSING, "content": body}
         paths.setdefault(function.path, {})[function.method] = entry
     info = {"title": "cryoSPARC stand-in", "version": version}
-    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": definitions}}
+    document = {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": definitions}}
+    return json.dumps(document).encode()
 
 
 def _described(parameter: Parameter, place: str, schema: Any) -> dict[str, Any]:

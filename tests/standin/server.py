@@ -80,12 +80,13 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve(state: State) -> tuple[ThreadingHTTPServer, str]:
     """Start serving on a free port; the server, and the URL for the client."""
-    functions = published_functions()
-    document = json.dumps(openapi(functions, state.version)).encode()
-    routes = {("/" + f.name.replace(".", "/"), f.method): f for f in functions.values()}
+    document = openapi(state.version)
+    routes = {("/" + f.name.replace(".", "/"), f.method): f for f in published_functions().values()}
 
     class Face(Handler):
         def handle_request(self) -> None:
+            if urlsplit(self.path).path == f"{API_SUFFIX}/openapi.json":
+                return self.answer(200, document)
             name = "?"
             raw = self.body()
             try:
@@ -146,16 +147,8 @@ def serve(state: State) -> tuple[ThreadingHTTPServer, str]:
                 )
             return self.answer(200, content)
 
-    class Entrance(Face):
-        def handle_request(self) -> None:
-            if urlsplit(self.path).path == f"{API_SUFFIX}/openapi.json":
-                return self.answer(200, document)
-            return super().handle_request()
-
-        do_GET = do_POST = handle_request  # noqa: N815
-
-    Entrance.state = state
-    server = start(LOOPBACK, 0, Entrance)
+    Face.state = state
+    server = start(LOOPBACK, 0, Face)
     return server, f"http://{LOOPBACK}:{server.server_address[1]}"
 
 
