@@ -83,6 +83,8 @@ def add_refinement(state: State, columns: Mapping[str, Any], densities: Mapping[
     for name in particles.fields():
         if name in columns:
             particles[name] = columns[name]
+    if "ctf/scale" not in columns:
+        particles["ctf/scale"] = 1
     slots = [("alignments3D", "alignments3D", False), ("blob", "blob", True), ("ctf", "ctf", True)]
     state.add_output(job, "particles", "particle", slots, particles)
     box, psize_a = int(columns["blob/shape"][0, 0]), float(columns["blob/psize_A"][0])

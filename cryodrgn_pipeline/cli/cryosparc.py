@@ -100,6 +100,33 @@ def push_verb(
     typer.echo(f"{project} {push(content, target, output or run / 'cryosparc')}")
 
 
+@app.command("live-check", rich_help_panel=CRYOSPARC)
+def live_check_verb(
+    project: Project,
+    workspace: Annotated[str, typer.Option(help="A scratch workspace, such as W9.", show_default=False)],
+    job: Annotated[str, typer.Option(help="A refinement to connect to, such as J42.", show_default=False)],
+    output_name: ParticleOutput = "particles",
+) -> None:
+    """Ask a running cryoSPARC whether it does all that read-cryosparc and push rely on.
+
+    Makes one external job in the scratch workspace and fills it with made-up
+    coordinates and maps; delete it afterwards. Prints a line per question: yes;
+    no (it works, but otherwise than assumed; push copes); failed (exit code 1).
+
+    Example: cryodrgn-pipeline live-check --project P3 --workspace W9 --job J42
+    """
+    from cryodrgn_pipeline.interop.cryosparc_live_check import FAILED, live_check
+    from cryodrgn_pipeline.interop.cryosparc_push import Target
+
+    target = Target(project=project, workspace=workspace, job=job, output=output_name)
+    uid, findings = live_check(target)
+    for finding in findings:
+        typer.echo(f"{finding.answer:6}  {finding.question}  {finding.seen}")
+    typer.echo(f"made {project} {uid}: look at it in cryoSPARC, then delete it")
+    if any(finding.answer == FAILED for finding in findings):
+        raise typer.Exit(1)
+
+
 def _named_files(texts: list[str]) -> dict[str, Path]:
     files = {}
     for text in texts:

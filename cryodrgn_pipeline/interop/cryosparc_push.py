@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.interop.cryosparc_client import Connection, Output, output_of_kind
-from cryodrgn_pipeline.interop.cryosparc_content import Content, State
+from cryodrgn_pipeline.interop.cryosparc_content import Content
 from cryodrgn_pipeline.interop.cryosparc_job import COMPLETED, ExternalJob, filling
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.output_lock import sole_writer
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 JOURNAL, RECEIPT = "job.json", "pushed.json"
 INPUT = "particles"
 INPUT_SLOTS = ("blob", "ctf", "alignments3D")
-COMPONENTS = "components"
 MAP_DTYPE = "blob"  # where the refinement has no map to copy it from
 MAP_SLOTS = ("map", "map_half_A", "map_half_B")
 EXAMPLES = 3
@@ -108,18 +108,22 @@ def push(content: Content, target: Target, folder: Path) -> str:
         return job.uid
 
 
+def source_output(outputs: dict[str, Output], target: Target) -> Output:
+    """The output that the particles are from; an `ExternalJobError` where there is no such one."""
+    return output_of_kind(outputs, target.output, "particle", f"{target.project} {target.job}")
+
+
 def _checked_source(connection: Connection, content: Content, target: Target) -> dict[str, Output]:
-    where = f"{target.project} {target.job}"
     outputs = connection.outputs(target.project, target.job)
-    output = output_of_kind(outputs, target.output, "particle", where)
-    slot = next((name for name in reversed(INPUT_SLOTS) if name in output.slots), next(iter(output.slots)))
+    slots = source_output(outputs, target).slots
+    slot = next((name for name in reversed(INPUT_SLOTS) if name in slots), next(iter(slots)))
     there = np.asarray(connection.load(target.project, target.job, target.output, [slot])["uid"])
     lacking = content.uid[~np.isin(content.uid, there.astype(np.uint64))]
     if len(lacking):
         raise InputFormatError(
             f"{content.run}: {len(lacking)} of its {len(content.uid)} particles are not in {target.output} of "
-            f"{where}, such as uid {', '.join(str(uid) for uid in lacking[:EXAMPLES])}; name the job that the "
-            "run was made from"
+            f"{target.project} {target.job}, such as uid {', '.join(map(str, lacking[:EXAMPLES].tolist()))}; "
+            "name the job that the run was made from"
         )
     return outputs
 
@@ -152,15 +156,32 @@ def _read_journal(path: Path) -> Journal | None:
 
 
 def _define(job: ExternalJob, content: Content, target: Target, source: dict[str, Output]) -> None:
-    slots = source[target.output].slots
-    if (target.job, target.output) not in job.inputs().get(INPUT, []):
-        required = {name: slots[name] for name in INPUT_SLOTS if name in slots} or slots
-        job.connect(INPUT, target.job, target.output, required)
-    components = {f"components_mode_{mode}": COMPONENTS for mode in range(content.z.shape[1])}
+    connect_particles(job, target, source)
+    components = component_slots(content.z.shape[1])
     for group in content.groups:
         job.add_output("particle", group.name, components, group.title, passthrough=INPUT)
+    known = map_dtypes(source)
     for state in content.states:
-        job.add_output("volume", state.name, _map_slots(state, source), state.title)
+        slots = {slot: known.get(slot, MAP_DTYPE) for slot in MAP_SLOTS[: len(state.files)]}
+        job.add_output("volume", state.name, slots, state.title)
+
+
+def connect_particles(job: ExternalJob, target: Target, source: dict[str, Output]) -> None:
+    """Connect the output that the particles are from, unless it is connected."""
+    if (target.job, target.output) not in job.inputs().get(INPUT, []):
+        slots = source[target.output].slots
+        required = {name: slots[name] for name in INPUT_SLOTS if name in slots}
+        job.connect(INPUT, target.job, target.output, required or slots)
+
+
+def component_slots(modes: int) -> dict[str, str]:
+    """The slots that 3D Variability gives its particles, with their dtype."""
+    return {f"components_mode_{mode}": "components" for mode in range(modes)}
+
+
+def map_dtypes(source: dict[str, Output]) -> dict[str, str]:
+    """The slots of the refinement's own map with their dtypes; empty where it has none."""
+    return next((o.slots for o in source.values() if o.kind == "volume" and "map" in o.slots), {})
 
 
 def _fill(job: ExternalJob, content: Content) -> None:
@@ -171,38 +192,40 @@ def _fill(job: ExternalJob, content: Content) -> None:
         job.log(f"outputs of an earlier push that stay empty: {', '.join(stale)}")
     for number, group in enumerate(content.groups, start=1):
         job.progress(f"particles {number} of {len(content.groups)}: {group.title}, {len(group.rows)} rows")
-        job.save(group.name, _particles(job, group.name, content.uid[group.rows], content.z[group.rows]))
+        rows = fill_components(job, group.name, content.uid[group.rows], content.z[group.rows])
+        job.save(group.name, rows)
     for number, state in enumerate(content.states, start=1):
         job.progress(f"volume {number} of {len(content.states)}: {state.title}")
-        job.save(state.name, _uploaded(job, state))
+        map_row = upload_maps(job, state.name, state.files, state.box_size_px, state.voxel_size_a)
+        job.save(state.name, map_row)
     for image, caption in content.images:
         job.show(image, caption)
     if content.images:
         job.set_tile(content.images[0][0])
 
 
-def _particles(job: ExternalJob, output: str, uid: NDArray[np.uint64], z: NDArray[np.float32]) -> Any:
+def fill_components(
+    job: ExternalJob, output: str, uid: NDArray[np.uint64], z: NDArray[np.float32]
+) -> Any:
+    """The dataset of an output of particles: `uid` `(n,)` with coordinates `z` `(n, J)`."""
     dataset = job.allocate(output, uid)
-    for mode in range(z.shape[1]):
-        dataset[f"components_mode_{mode}/component"] = mode
-        dataset[f"components_mode_{mode}/value"] = z[:, mode]
+    for mode, slot in enumerate(component_slots(z.shape[1])):
+        dataset[f"{slot}/component"] = mode
+        dataset[f"{slot}/value"] = z[:, mode]
     return dataset
 
 
-def _map_slots(state: State, source: dict[str, Output]) -> dict[str, str]:
-    """The slots of a map, with the dtypes that the refinement's own map has."""
-    known = next((o.slots for o in source.values() if o.kind == "volume" and "map" in o.slots), {})
-    return {slot: known.get(slot, MAP_DTYPE) for slot in MAP_SLOTS[: len(state.files)]}
-
-
-def _uploaded(job: ExternalJob, state: State) -> Any:
-    dataset = job.allocate(state.name, 1)
-    for slot, file in zip(MAP_SLOTS, state.files, strict=False):
-        path = f"volumes/{state.name}_{slot}.mrc"
+def upload_maps(
+    job: ExternalJob, output: str, files: Sequence[Path], box_size_px: int, voxel_size_a: float
+) -> Any:
+    """Upload a map, and its half maps if given, and make the one-row dataset of their output."""
+    dataset = job.allocate(output, 1)
+    for slot, file in zip(MAP_SLOTS, files, strict=False):
+        path = f"volumes/{output}_{slot}.mrc"
         job.upload(path, file)
         dataset[f"{slot}/path"] = f"{job.uid}/{path}"
-        dataset[f"{slot}/shape"] = [[state.box_size_px] * 3]
-        dataset[f"{slot}/psize_A"] = state.voxel_size_a
+        dataset[f"{slot}/shape"] = [[box_size_px] * 3]
+        dataset[f"{slot}/psize_A"] = voxel_size_a
     return dataset
 
 
