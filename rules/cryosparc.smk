@@ -9,6 +9,7 @@ rule read_cryosparc:
         "<logs>/{dataset}/read_cryosparc.log",
     benchmark:
         "<benchmarks>/{dataset}/read_cryosparc.tsv"
+    localrule: True
     conda:
         cryosparc_environment()
     threads: 1
@@ -21,7 +22,6 @@ rule read_cryosparc:
         options=read_options,
     message:
         "{wildcards.dataset}: reading the particles from cryoSPARC"
-    localrule: True
     shell:
         "{params.executable:q} read-cryosparc {params.options:q} -o {params.folder:q} &> {log:q}"
 
@@ -40,6 +40,7 @@ rule push_cryosparc:
         "<logs>/{dataset}/{subset}/{run}/push_cryosparc.log",
     benchmark:
         "<benchmarks>/{dataset}/{subset}/{run}/push_cryosparc.tsv"
+    localrule: True
     conda:
         cryosparc_environment()
     threads: 1
@@ -55,7 +56,6 @@ rule push_cryosparc:
         subsets=push_subset_options,
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: pushing the results into cryoSPARC"
-    localrule: True
     shell:
         "{params.executable:q} push {params.run:q} {params.target:q} {params.volumes:q} {params.subsets:q}"
         " -o {params.folder:q} &> {log:q}"

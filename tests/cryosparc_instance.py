@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from cryosparc.dataset import Dataset
-
-from cryodrgn_pipeline.io.mrc import write_volume
 from standin import server, server4
 from standin.slots import slot_fields
 from standin.state import EMAIL, LICENSE, PASSWORD, State
+
+from cryodrgn_pipeline.io.mrc import write_volume
 
 PROJECT, WORKSPACE, REFINEMENT = "P3", "W1", "J1"
 VERSIONS = {"5": "v5.0.6", "4": "v4.7.1"}

@@ -1,4 +1,4 @@
-"""`push`: what stands in cryoSPARC afterwards, when all goes well, when the run changes, when things break."""
+"""`push`: what stands in cryoSPARC afterwards: when all goes well, the run changes, or something breaks."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_subsets_whose_names_become_the_same_output_are_refused(run: Path, tmp_p
 def test_an_analysis_of_other_particles_is_refused(run: Path) -> None:
     table = pd.read_parquet(run / "analysis" / "particles.parquet")
     table.iloc[::-1].to_parquet(run / "analysis" / "particles.parquet", index=False)
-    with pytest.raises(InputFormatError, match="not the particles of latent.parquet"):
+    with pytest.raises(InputFormatError, match=r"not the particles of latent\.parquet"):
         gather(run, (), {})
 
 
@@ -381,7 +381,7 @@ def test_an_upload_that_broke_off_is_sent_again_whole(connected: Instance, run: 
 
 def test_an_upload_that_always_breaks_off_fails_after_three_attempts(connected: Instance, run: Path) -> None:
     connected.state.faults[:] = [Fault("projects.upload_file", "drop") for _ in range(9)]
-    with pytest.raises(ExternalJobError, match="uploading volumes/volume_centers_000_map.mrc"):
+    with pytest.raises(ExternalJobError, match=r"uploading volumes/volume_centers_000_map\.mrc"):
         pushed(run)
     assert len(connected.state.faults) == 9 - 3
     (job,) = external_jobs(connected)
@@ -490,9 +490,7 @@ def test_wrong_credentials_and_no_credentials_say_how_to_log_in(there: Instance,
 def test_the_clients_own_login_is_enough(there: Instance, run: Path) -> None:
     url = there.environment.pop("CRYOSPARC_BASE_URL")
     login = [sys.executable, "-m", "cryosparc.tools", "login", "--url", url, "--email", EMAIL]
-    subprocess.run(
-        [*login, "--password", PASSWORD], env=there.environment, check=True, capture_output=True
-    )
+    subprocess.run([*login, "--password", PASSWORD], env=there.environment, check=True, capture_output=True)
     for name in ("CRYOSPARC_EMAIL", "CRYOSPARC_PASSWORD"):
         del there.environment[name]
     done = there.run(*words(run))

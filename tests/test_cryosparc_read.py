@@ -45,7 +45,7 @@ def test_particles_map_and_mask_become_files_that_the_import_takes(there: Instan
         folder / "particles.cs", tmp_path / "import", ImportOptions(datadir=folder / "project")
     )
     assert set(particles.particle_id.tolist()) == set(columns["uid"].tolist())
-    assert not [path for path in folder.rglob("*.mrcs")]
+    assert not list(folder.rglob("*.mrcs"))
     assert ("projects.download_file", 200) not in there.state.calls  # nothing is fetched over the network
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
 import yaml
 from cryosparc.dataset import Dataset
 from cryosparc_instance import PROJECT, REFINEMENT, WORKSPACE, Instance, instance
 from test_workflow import SNAKEFILE, TINY, commands
 
+from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.io.cs import load_dataset
 from cryodrgn_pipeline.io.mrc import read_volume
 from cryodrgn_pipeline.io.runs import read_columns, read_latents
@@ -71,9 +73,7 @@ def snakemake(instance: Instance, folder: Path, *words: str) -> subprocess.Compl
     )
 
 
-@pytest.mark.parametrize(
-    "major", ["5", pytest.param("4", marks=[pytest.mark.cryosparc4, pytest.mark.heavy])]
-)
+@pytest.mark.parametrize("major", ["5", pytest.param("4", marks=[pytest.mark.cryosparc4, pytest.mark.heavy])])
 def test_a_jobs_particles_come_back_with_the_same_uids_and_the_same_z(
     major: str, simulated: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -110,9 +110,7 @@ def check_content(there: Instance, uid: str, folder: Path, columns: dict[str, An
     rows = {name: read_back(there, uid, name) for name in job.spec.outputs.root if name.startswith("part")}
     check_rows(rows["particles"], latents, columns)
     clusters = read_columns(folder / RUN / "analysis/particles.parquet", "")["cluster"]
-    sizes = {
-        f"particles_cluster_{label}": int(n) for label, n in zip(*np.unique(clusters, return_counts=True), strict=True)
-    }
+    sizes = {f"particles_cluster_{label}": int((clusters == label).sum()) for label in np.unique(clusters)}
     sizes |= {"particles": N, "particles_few": len(few)}
     assert {name: len(dataset) for name, dataset in rows.items()} == sizes
     assert set(rows["particles_few"]["uid"].tolist()) == set(few.tolist())
@@ -148,6 +146,74 @@ def check_rows(dataset: Dataset, latents: Any, columns: dict[str, Any]) -> None:
     row = np.array([theirs[identity] for identity in dataset["uid"].tolist()])
     for name in ("alignments3D/pose", "blob/path", "blob/idx", "ctf/df1_A"):
         assert np.array_equal(np.asarray(dataset[name]), columns[name][row])
+
+
+def test_every_setting_reaches_a_command_that_the_verbs_understand(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").touch()
+    project_with(
+        tmp_path,
+        "cryodrgn-pipeline",
+        cryosparc={
+            "project": "P3",
+            "job": "J1",
+            "output": "particles_selected",
+            "volume": "volume_class_0",
+            "mask": None,
+            "project_folder": "/mnt/project",
+        },
+        push={
+            "workspace": "W2",
+            "project": "P4",
+            "job": "J5",
+            "output": "particles",
+            "clusters": False,
+            "subsets": ["few"],
+            "volumes": ["pc1"],
+        },
+        runs={"vae": {"subsets": ["all", "few"]}},
+    )
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    given: dict[str, list[dict[str, Any]]] = {}
+    for verb, *words in commands("-s", SNAKEFILE, cwd=tmp_path):
+        given.setdefault(verb, []).append(verbs[verb].make_context(verb, words).params)
+    (read,) = given["read-cryosparc"]
+    assert read == {
+        "project": "P3",
+        "job": "J1",
+        "output_name": "particles_selected",
+        "volume": "volume_class_0",
+        "mask": None,
+        "project_folder": Path("/mnt/project"),
+        "output": Path("results/mine/cryosparc"),
+    }
+    (taken,) = given["import"]
+    assert taken["particles"] == Path("results/mine/cryosparc/particles.cs")
+    assert taken["datadir"] == Path("results/mine/cryosparc/project")
+    (consensus,) = given["consensus"]
+    assert consensus["reference"] == Path("results/mine/cryosparc/map.mrc")
+    assert consensus["mask"] is None
+    on_all, on_few = sorted(given["push"], key=lambda push: str(push["run"]))
+    for push in (on_all, on_few):
+        assert (push["project"], push["workspace"], push["job"]) == ("P4", "W2", "J5")
+        assert push["clusters"] is False
+        assert push["volumes"] == [push["run"] / "volumes/pc1"]
+        assert push["output"] == push["run"] / "cryosparc"
+    assert on_all["subset"] == ["few=few.txt"]
+    assert not on_few["subset"]
+
+
+def test_a_series_that_no_run_makes_cannot_be_pushed(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").touch()
+    project_with(tmp_path, "cryodrgn-pipeline", push={"workspace": "W1", "volumes": ["graph"]})
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "-s", str(SNAKEFILE)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "push.volumes: graph; run vae makes the series centers, pc1" in done.stdout + done.stderr
 
 
 def test_nothing_of_cryosparc_is_in_the_workflow_unless_configured(tmp_path: Path) -> None:

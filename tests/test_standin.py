@@ -1,4 +1,4 @@
-"""The stand-in refuses what it must: otherwise tests against it would prove nothing. Asked by the real client."""
+"""The stand-in refuses what it must, or tests against it would prove nothing; asked by the real client."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ REFUSED = {
     "uids that are not in the input": (lambda job: job.save_output("subset", rows([1, 2])), "not in input"),
     "repeated uids": (lambda job: job.save_output("subset", rows([UIDS[0]] * 2)), "repeated"),
     "a missing column": (
-        lambda job: job.save_output("subset", Dataset({"uid": UIDS, "components_mode_0/value": np.zeros(N, "f4")})),
+        lambda job: job.save_output("subset", Dataset({"uid": UIDS})),
         "lacks the columns",
     ),
     "a map that is not there": (
@@ -84,7 +84,7 @@ REFUSED = {
     ),
     "a file outside of the project": (lambda job: job.upload("../../evil", b"1"), "not in the directory"),
     "a file in no folder": (lambda job: job.upload("none/file", b"1"), "no directory"),
-    "an unknown slot": (lambda job: job.add_output("particle", "p", slots=["alignment3D"]), "unknown particle"),
+    "an unknown slot": (lambda job: job.add_output("particle", "p", slots=["poses"]), "unknown particle"),
     "an unknown volume slot": (lambda job: job.add_output("volume", "v", slots=["map"]), "unknown volume"),
     "a passthrough of another type": (
         lambda job: job.add_output("volume", "v", slots=MAP, passthrough="particles"),
@@ -125,7 +125,7 @@ def test_it_refuses_expired_tokens(there: Instance, job: Any) -> None:
 
 
 def test_what_is_not_implemented_answers_501(client: Any) -> None:
-    with pytest.raises(APIError, match="does not implement api.jobs.kill"):
+    with pytest.raises(APIError, match=r"does not implement api\.jobs\.kill"):
         client.api.jobs.kill(PROJECT, REFINEMENT)
 
 

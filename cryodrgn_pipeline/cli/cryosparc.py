@@ -12,9 +12,7 @@ from cryodrgn_pipeline.errors import ConfigError
 
 Project = Annotated[str, typer.Option(help="Project, such as P3.", show_default=False)]
 Workspace = Annotated[str, typer.Option(help="Workspace of the project, such as W1.", show_default=False)]
-Job = Annotated[
-    str, typer.Option(help="Job that the particles are from, such as J42.", show_default=False)
-]
+Job = Annotated[str, typer.Option(help="Job that the particles are from, such as J42.", show_default=False)]
 ParticleOutput = Annotated[str, typer.Option("--output-name", help="Its output of particles.")]
 ProjectFolder = Annotated[
     Path | None,
@@ -80,7 +78,7 @@ def push_verb(
     ] = True,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder for job.json and pushed.json; RUN/cryosparc if not given."),
+        typer.Option("-o", "--output", help="Folder for job.json and pushed.json; else RUN/cryosparc."),
     ] = None,
 ) -> None:
     """Put a run's results into a running cryoSPARC, as an external job beside the refinement.

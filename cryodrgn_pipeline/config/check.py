@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cryodrgn_pipeline.config.models import Config, Dataset, Subset
+from cryodrgn_pipeline.config.models import CRYOSPARC_PATTERN, Config, Dataset, Subset
 from cryodrgn_pipeline.config.schema import json_schema
 from cryodrgn_pipeline.errors import ConfigError
 
@@ -91,6 +91,8 @@ def _explained(error: ValidationError, content: Any) -> Iterator[Problem]:
             yield location, f"unknown key{_suggestion(location)}"
         elif detail["type"] == "missing":
             yield location, "missing; it has no default"
+        elif detail["type"] == "string_pattern_mismatch" and detail["ctx"]["pattern"] == CRYOSPARC_PATTERN:
+            yield location, f"expected cryoSPARC's name, such as P3, W1 or J42, found {detail['input']!r}"
         elif detail["type"] == "string_pattern_mismatch":
             yield location, f"{detail['input']!r} cannot be a name: use letters, digits, '_', '-' and '.'"
         else:
@@ -140,8 +142,8 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     """Yield what every key alone cannot show: names that point nowhere, choices that exclude each other."""
     for name, dataset in config.datasets.items():
         here: Location = ("datasets", name)
-        for key, problem in _source_problems(dataset):
-            yield (*here, *key), problem
+        for within, problem in _source_problems(dataset):
+            yield (*here, *within), problem
         for key, subset in dataset.subsets.items():
             for problem in _subset_problems(dataset, key, subset):
                 yield (*here, "subsets", key), problem
@@ -164,9 +166,10 @@ def _source_problems(dataset: Dataset) -> Iterator[tuple[Location, str]]:
         yield ("push",), "needs the project and the job that the particles are from"
     if (target.project is None) != (target.job is None):
         yield ("push",), "give both, project and job, or neither"
+    known = ", ".join(dataset.subsets) or "none"
     for subset in target.subsets:
         if subset not in dataset.subsets:
-            yield ("push", "subsets"), f"no subset {subset}; there are: {', '.join(dataset.subsets) or 'none'}"
+            yield ("push", "subsets"), f"no subset {subset}; there are: {known}"
 
 
 def _subset_problems(dataset: Dataset, name: str, subset: Subset) -> Iterator[str]:

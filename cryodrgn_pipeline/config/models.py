@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+CRYOSPARC_PATTERN = r"^[PWJ][0-9]+$"
 OVERRIDES = "x-overrides"  # marks a section that lists only what differs from the one of the same name
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 PathText = Annotated[str, Field(min_length=1)]
-CryosparcId = Annotated[str, Field(pattern=r"^[PWJ][0-9]+$")]
+CryosparcId = Annotated[str, Field(pattern=CRYOSPARC_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -267,9 +268,7 @@ class Dataset(Section):
     reference: PathText | None = Field(
         None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
     )
-    mask: PathText | None = Field(
-        None, description="soft mask (.mrc) for the FSC; null = from the map"
-    )
+    mask: PathText | None = Field(None, description="soft mask (.mrc) for the FSC; null = from the map")
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())
     subsets: dict[Name, Subset] = Field({}, description="named particle subsets; 'all' is always there")

@@ -32,7 +32,7 @@ LOG_IN = "log in with `python -m cryosparc.tools login`, or set CRYOSPARC_EMAIL 
 OTHER_VERSION = r"(?s).*may not be compatible"
 
 
-class ConnectionLost(ExternalJobError):
+class ConnectionLostError(ExternalJobError):
     """The connection broke; whether the request was carried out is not known."""
 
 
@@ -54,7 +54,7 @@ def talking(about: str) -> Iterator[None]:
 
     Raises
     ------
-    ConnectionLost
+    ConnectionLostError
         If the connection broke.
     ExternalJobError
         If cryoSPARC, or the client, refused.
@@ -66,7 +66,7 @@ def talking(about: str) -> Iterator[None]:
         except CryodrgnPipelineError:
             raise
         except Exception as error:  # the client raises anything, from AssertionError to httpx's own
-            kind = ConnectionLost if _is_connection(error) else ExternalJobError
+            kind = ConnectionLostError if _is_connection(error) else ExternalJobError
             raise kind(f"cryoSPARC, {about}: {_reason(error)}") from error
 
 
@@ -89,7 +89,7 @@ def repeated(about: str, request: Callable[[], T]) -> T:
         try:
             with talking(about):
                 return request()
-        except ConnectionLost as error:
+        except ConnectionLostError as error:
             log.warning("%s; attempt %d of %d follows", error, attempt + 1, ATTEMPTS)
             time.sleep(PAUSE_S * attempt)
     with talking(about):
@@ -164,7 +164,7 @@ class Connection:
         try:
             with talking(f"looking for job {project} {job}"):
                 found = self.client.find_external_job(project, job)
-        except ConnectionLost:
+        except ConnectionLostError:
             raise
         except ExternalJobError as error:
             self.project_folder(project)  # raises where it is not the job that cannot be found
@@ -211,9 +211,7 @@ def outputs_of(job: Any, is_4: bool) -> dict[str, Output]:
     }
 
 
-def output_of_kind(
-    outputs: Mapping[str, Output], name: str, kind: str, where: str, cure: str = ""
-) -> Output:
+def output_of_kind(outputs: Mapping[str, Output], name: str, kind: str, where: str, cure: str = "") -> Output:
     """The output of this name and type; an `ExternalJobError` that lists what there is instead."""
     found = outputs.get(name)
     if found is None or found.kind != kind:
@@ -238,4 +236,4 @@ def _only_login() -> str:
             f"cryoSPARC: {told}; set CRYOSPARC_BASE_URL to the address that you open in the browser, and "
             f"{LOG_IN}"
         )
-    return urls[0]
+    return str(urls[0])

@@ -65,6 +65,10 @@ class Content:
     states: tuple[State, ...]
     images: tuple[tuple[Path, str], ...]
 
+    def output_names(self) -> list[str]:
+        """The outputs that the job is to have."""
+        return [*(group.name for group in self.groups), *(state.name for state in self.states)]
+
     def digest(self) -> str:
         """Changes with everything that would look different in cryoSPARC."""
         return digest(
@@ -121,18 +125,20 @@ def gather(
         rows = read_id_rows(path, uid, f"the run {run}")
         groups.append(Group(name=f"{ALL_PARTICLES}_{_plain(name)}", title=f"Subset {name}", rows=rows))
     states = [state for folder in volumes for state in _states(folder)]
-    names = [output.name for output in (*groups, *states)]
+    images = [(run / "report" / file, caption) for file, caption in IMAGES.items()]
+    content = Content(
+        run=run,
+        uid=uid,
+        z=latents.z,
+        groups=tuple(groups),
+        states=tuple(states),
+        images=tuple(image for image in images if image[0].is_file()),
+    )
+    names = content.output_names()
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"{', '.join(repeated)}: outputs of cryoSPARC must differ in name; rename a subset")
-    images = tuple(
-        (run / "report" / file, caption)
-        for file, caption in IMAGES.items()
-        if (run / "report" / file).is_file()
-    )
-    return Content(
-        run=run, uid=uid, z=latents.z, groups=tuple(groups), states=tuple(states), images=images
-    )
+    return content
 
 
 def _clusters(run: Path, uid: NDArray[np.uint64]) -> list[Group]:

@@ -40,7 +40,7 @@ GREY_PIXEL_PNG = bytes.fromhex(
 )
 
 
-class _No(Exception):
+class _OtherwiseError(Exception):
     """It works, but not as this package assumes."""
 
 
@@ -117,7 +117,7 @@ def _ask(questions: dict[str, Callable[[_Look], str]], look: _Look, findings: li
     for question, answered in questions.items():
         try:
             answer, seen = YES, answered(look)
-        except _No as difference:
+        except _OtherwiseError as difference:
             answer, seen = NO, str(difference)
         except CryodrgnPipelineError as error:
             findings.append(Finding(question=question, answer=FAILED, seen=str(error)))
@@ -129,7 +129,7 @@ def _loads_all_slots(look: _Look) -> str:
     said = look.outputs[look.target.output]
     found = {name.split("/")[0] for name in look.particles.fields()} - {"uid"}
     if len(look.particles) != said.rows or not found >= set(said.slots):
-        raise _No(
+        raise _OtherwiseError(
             f"{len(look.particles)} rows with {', '.join(sorted(found))}; the job says {said.rows} with "
             f"{', '.join(said.slots)}"
         )
@@ -139,7 +139,9 @@ def _loads_all_slots(look: _Look) -> str:
 def _sees_images(look: _Look) -> str:
     path = look.connection.project_folder(look.target.project) / str(look.particles["blob/path"][0])
     if not path.is_file():
-        raise _No(f"{path} is not visible on this machine: read-cryosparc needs it, push does not")
+        raise _OtherwiseError(
+            f"{path} is not visible on this machine: read-cryosparc needs it, push does not"
+        )
     return str(path)
 
 
@@ -147,14 +149,14 @@ def _maps_have_the_dtype(look: _Look) -> str:
     told = map_dtypes(look.outputs)
     found = ", ".join(f"{slot} {dtype}" for slot, dtype in told.items()) or "the job has no map"
     if told.get("map") != MAP_DTYPE:
-        raise _No(found)
+        raise _OtherwiseError(found)
     return found
 
 
 def _is_found_by_description(look: _Look) -> str:
     found = look.connection.find_by_description(look.target.project, look.target.workspace, look.mark)
     if found is None:
-        raise _No("a push that is killed while it makes its job leaves an empty one behind")
+        raise _OtherwiseError("a push that is killed while it makes its job leaves an empty one behind")
     return str(found.uid)
 
 
@@ -181,7 +183,7 @@ def _components_are_as_in_3dva(look: _Look) -> str:
     wanted = {f"{slot}/{name}": kind for slot in component_slots(MODES) for name, kind in kinds.items()}
     told = ", ".join(f"{name} {kind}" for name, kind in found.items())
     if found != wanted:
-        raise _No(told)
+        raise _OtherwiseError(told)
     return told
 
 
@@ -199,7 +201,7 @@ def _refusal(look: _Look, dataset: Any, otherwise: str) -> str:
         look.job.save("particles", dataset)
     except ExternalJobError as refused:
         return str(refused)
-    raise _No(otherwise)
+    raise _OtherwiseError(otherwise)
 
 
 def _starts(look: _Look) -> str:
@@ -220,7 +222,8 @@ def _particles_come_back(look: _Look) -> str:
             raise ExternalJobError(f"{name} came back changed")
     passed = {name.split("/")[0] for name in back.fields()} & set(INPUT_SLOTS)
     if not passed >= set(INPUT_SLOTS) & set(look.outputs[look.target.output].slots):
-        raise _No(f"uids and z come back, but of what is passed through only {', '.join(passed) or 'nothing'}")
+        told = ", ".join(passed) or "nothing"
+        raise _OtherwiseError(f"uids and z come back; of what is passed through only {told}")
     return f"{len(back)} rows, z bit for bit; passed through: {', '.join(sorted(passed))}"
 
 
@@ -254,7 +257,7 @@ def _is_filled_again(look: _Look) -> str:
     look.job.save("particles", _latents(look))
     _takes_maps(look)
     if not kept:
-        raise _No("clearing takes inputs or outputs away; they are added again")
+        raise _OtherwiseError("clearing takes inputs or outputs away; they are added again")
     return "inputs and outputs stay"
 
 

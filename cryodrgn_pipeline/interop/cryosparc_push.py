@@ -34,7 +34,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where results go: a workspace of a project, beside the `output` of `job` that the particles are from."""
+    """Where results go: a workspace of a project; `output` of `job` is what the particles are from."""
 
     project: str
     workspace: str
@@ -120,10 +120,10 @@ def _checked_source(connection: Connection, content: Content, target: Target) ->
     there = np.asarray(connection.load(target.project, target.job, target.output, [slot])["uid"])
     lacking = content.uid[~np.isin(content.uid, there.astype(np.uint64))]
     if len(lacking):
+        examples = ", ".join(str(uid) for uid in lacking[:EXAMPLES])
         raise InputFormatError(
-            f"{content.run}: {len(lacking)} of its {len(content.uid)} particles are not in {target.output} of "
-            f"{target.project} {target.job}, such as uid {', '.join(map(str, lacking[:EXAMPLES].tolist()))}; "
-            "name the job that the run was made from"
+            f"{content.run}: {len(lacking)} of its {len(content.uid)} particles are not in {target.output} "
+            f"of {target.project} {target.job}, such as uid {examples}; name the job that they are from"
         )
     return outputs
 
@@ -185,8 +185,7 @@ def map_dtypes(source: dict[str, Output]) -> dict[str, str]:
 
 
 def _fill(job: ExternalJob, content: Content) -> None:
-    ours = {output.name for output in (*content.groups, *content.states)}
-    stale = [name for name in job.output_names() if name not in ours]
+    stale = [name for name in job.output_names() if name not in content.output_names()]
     job.log(f"cryodrgn_pipeline {__version__}: {content.run.resolve()}")
     if stale:
         job.log(f"outputs of an earlier push that stay empty: {', '.join(stale)}")
@@ -204,9 +203,7 @@ def _fill(job: ExternalJob, content: Content) -> None:
         job.set_tile(content.images[0][0])
 
 
-def fill_components(
-    job: ExternalJob, output: str, uid: NDArray[np.uint64], z: NDArray[np.float32]
-) -> Any:
+def fill_components(job: ExternalJob, output: str, uid: NDArray[np.uint64], z: NDArray[np.float32]) -> Any:
     """The dataset of an output of particles: `uid` `(n,)` with coordinates `z` `(n, J)`."""
     dataset = job.allocate(output, uid)
     for mode, slot in enumerate(component_slots(z.shape[1])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -27,9 +28,9 @@ MAP_SLOT = "map"
 class Source:
     """Where particles are in cryoSPARC.
 
-    `project` such as P3, `job` such as J42, `output` the name of its particle output. `volume` and `mask` name
-    outputs with the consensus map and a mask, None for none. `project_folder`: where the project's folder
-    is mounted on this machine, None where it has the path that cryoSPARC tells.
+    `project` such as P3, `job` such as J42, `output` the name of its particle output. `volume` and `mask`
+    name outputs with the consensus map and a mask, None for none. `project_folder`: where the project's
+    folder is mounted on this machine, None where it has the path that cryoSPARC tells.
     """
 
     project: str
@@ -119,8 +120,8 @@ def _refuse_invisible_stacks(dataset: Any, folder: Path) -> None:
     lacking = [path for path in paths if not (folder / path).is_file()]
     if lacking:
         raise InputFormatError(
-            f"{folder / lacking[0]}: not visible on this machine, like {len(lacking)} of the {len(paths)} image "
-            "stacks of these particles; links in the project must lead to folders that are mounted here too"
+            f"{folder / lacking[0]}: not visible on this machine, like {len(lacking)} of the {len(paths)} "
+            "image stacks of these particles; links in the project must lead to folders that are mounted here"
         )
 
 
@@ -142,6 +143,11 @@ def _link(link: Path, folder: Path) -> None:
     temporary.replace(link)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _summary(
     source: Source, connection: Connection, folder: Path, dataset: Any, copies: dict[str, Path]
 ) -> dict[str, Any]:
@@ -154,5 +160,5 @@ def _summary(
         "project_folder": str(folder),
         "n_particles": len(dataset),
         "columns": list(dataset.fields()),
-        "copied_from": {key: str(path) for key, path in copies.items()},
+        "copied": {key: {"path": str(path), "sha256": _sha256(path)} for key, path in copies.items()},
     }

@@ -24,7 +24,7 @@ from cryosparc.models.job_spec import (
 from cryosparc.spec import ASSET_CONTENT_TYPES
 
 from standin.slots import slot_fields
-from standin.state import EXTERNAL, Refusal, State, known, new_id, now
+from standin.state import EXTERNAL, RefusalError, State, known, new_id, now
 
 NAME = re.compile(r"[A-Za-z][0-9A-Za-z_]*")
 OPEN = ("building", "running", "waiting")
@@ -51,7 +51,7 @@ def health(state: State) -> str:
 @operation("login")
 def login(state: State, username: str, password: str, **_: Any) -> dict[str, str]:
     if (username, password) != (state.user.emails[0].address, state.password_hash):
-        raise Refusal(401, "Incorrect email or password")
+        raise RefusalError(401, "Incorrect email or password")
     token = secrets.token_hex(16)
     state.tokens.add(token)
     return {"access_token": token, "token_type": "bearer"}
@@ -137,7 +137,7 @@ def create_job(
 ) -> Any:
     known(state.workspaces, (project, workspace), "workspace")
     if type != EXTERNAL:
-        raise Refusal(501, f"the stand-in makes external jobs only, no {type!r}")
+        raise RefusalError(501, f"the stand-in makes external jobs only, no {type!r}")
     return state.new_job(project, workspace, type, title, description)
 
 
@@ -152,7 +152,7 @@ def mark_running(state: State, project: str, job: str, status: str = "running") 
     found = state.external(project, job, "building")
     for name, given in found.spec.inputs.root.items():
         if len(given.connections) < given.count_min:
-            raise Refusal(409, f"input {name} needs {given.count_min} connections")  # S
+            raise RefusalError(409, f"input {name} needs {given.count_min} connections")  # S
     return state.set_status(found, status)
 
 
@@ -184,7 +184,7 @@ def clear(state: State, project: str, job: str, **_: Any) -> Any:
 def add_input(state: State, project: str, job: str, name: str, spec: Any) -> Any:
     found = state.external(project, job, *OPEN)  # S
     if not NAME.fullmatch(name):
-        raise Refusal(422, f"bad input name {name!r}")  # S
+        raise RefusalError(422, f"bad input name {name!r}")  # S
     required = [getattr(slot, "required", True) for slot in spec.slots]
     found.spec.inputs.root[name] = Input(
         type=spec.type,
@@ -204,11 +204,11 @@ def add_input(state: State, project: str, job: str, name: str, spec: Any) -> Any
 def add_output(state: State, project: str, job: str, name: str, spec: Any) -> Any:
     found = state.external(project, job, *OPEN)  # S
     if not NAME.fullmatch(name):
-        raise Refusal(422, f"bad output name {name!r}")  # S
+        raise RefusalError(422, f"bad output name {name!r}")  # S
     if spec.passthrough is not None:  # S
         given = known(found.spec.inputs.root, spec.passthrough, "input")
         if given.type != spec.type:
-            raise Refusal(422, f"passthrough input {spec.passthrough} is of type {given.type}")  # I
+            raise RefusalError(422, f"passthrough input {spec.passthrough} is of type {given.type}")  # I
     slots = _known_slots(spec.type, spec.slots)
     found.spec.outputs.root[name] = Output(
         type=spec.type,
@@ -229,7 +229,7 @@ def _known_slots(kind: str, slots: list[Any]) -> list[OutputSlot]:
         try:
             slot_fields(kind, slot.name, slot.dtype)
         except KeyError as error:
-            raise Refusal(422, error.args[0]) from error  # S (InvalidSlotsError of 4.x)
+            raise RefusalError(422, error.args[0]) from error  # S (InvalidSlotsError of 4.x)
         found.append(OutputSlot(name=slot.name, dtype=slot.dtype))
     return found
 
@@ -248,13 +248,13 @@ def connect(
     given = known(found.spec.inputs.root, name, "input")
     output = state.output(project, source_job_uid, source_output_name)
     if output.type != given.type:
-        raise Refusal(422, f"a {output.type} output cannot be connected to a {given.type} input")
+        raise RefusalError(422, f"a {output.type} output cannot be connected to a {given.type} input")
     if given.count_max != "inf" and len(given.connections) >= given.count_max:
-        raise Refusal(422, "too many connections")
+        raise RefusalError(422, "too many connections")
     there = {result.name for result in output.results}
     lacking = [slot.name for slot in given.slots if slot.required and slot.name not in there]
     if lacking:
-        raise Refusal(422, f"the source output lacks the required slots {lacking}")  # S
+        raise RefusalError(422, f"the source output lacks the required slots {lacking}")  # S
     wanted = {slot.name for slot in given.slots}
     given.connections.append(
         Connection(
@@ -291,14 +291,14 @@ def save_output(
     wanted = output_fields(state, project, job, name)
     _check_columns(name, dataset, wanted)
     if len(set(dataset["uid"].tolist())) != len(dataset):
-        raise Refusal(422, "repeated uids")  # I
+        raise RefusalError(422, "repeated uids")  # I
     for column, _ in wanted:
         if column.endswith("/path"):
             for value in set(dataset[column].tolist()):
                 if not state.inside(project, value.lstrip(">")).is_file():
-                    raise Refusal(422, f"{column}: there is no {value!r} in project {project}")  # I
+                    raise RefusalError(422, f"{column}: there is no {value!r} in project {project}")  # I
     if output.type == "volume" and len(dataset) != 1:
-        raise Refusal(422, "a volume output holds one row")  # I
+        raise RefusalError(422, "a volume output holds one row")  # I
     file = f"{job}/{filename or f'{job}_{name}.cs'}"
     rows = Dataset({column: dataset[column] for column in ["uid", *(column for column, _ in wanted)]})
     passed = _passed_through(state, project, found, output, dataset["uid"])
@@ -334,11 +334,11 @@ def _check_columns(name: str, dataset: Any, wanted: list[tuple[str, str]]) -> No
     given = {column[0]: column[1:] for column in dataset.descr()}
     lacking = [column for column, _ in wanted if column not in given]
     if lacking:
-        raise Refusal(422, f"the dataset for {name} lacks the columns {lacking}")  # I
+        raise RefusalError(422, f"the dataset for {name} lacks the columns {lacking}")  # I
     expected = {column[0]: column[1:] for column in Dataset.allocate(0, wanted).descr()}
     wrong = [f"{column}: {given[column]}" for column, _ in wanted if given[column] != expected[column]]
     if wrong:
-        raise Refusal(422, f"wrong dtypes: {wrong}")  # I
+        raise RefusalError(422, f"wrong dtypes: {wrong}")  # I
 
 
 def _passed_through(state: State, project: str, job: Any, output: Any, uids: Any) -> Any | None:
@@ -351,7 +351,7 @@ def _passed_through(state: State, project: str, job: Any, output: Any, uids: Any
     kept = Dataset.innerjoin_many(Dataset({"uid": uids}), Dataset({f: source[f] for f in others}))
     if len(kept) != len(uids):
         lacking = len(uids) - len(kept)
-        raise Refusal(422, f"{lacking} of {len(uids)} uids are not in input {output.passthrough!r}")  # I
+        raise RefusalError(422, f"{lacking} of {len(uids)} uids are not in input {output.passthrough!r}")  # I
     return kept
 
 
@@ -374,9 +374,7 @@ def load_input(
 
 def _event(state: State, project: str, job: str, kind: Any, **fields: Any) -> Any:
     state.job(project, job)
-    event = kind(
-        _id=new_id(), created_at=now(), updated_at=now(), project_uid=project, job_uid=job, **fields
-    )
+    event = kind(_id=new_id(), created_at=now(), updated_at=now(), project_uid=project, job_uid=job, **fields)
     state.events[project, job].append(event)
     return event
 
@@ -394,7 +392,7 @@ def update_event(
         if event.id == event_id:
             event.text, event.type = text or event.text, type or event.type
             return event
-    raise Refusal(404, f"no event {event_id}")
+    raise RefusalError(404, f"no event {event_id}")
 
 
 @operation("jobs.add_checkpoint")
@@ -423,9 +421,9 @@ def upload_asset(
     state.job(project, job)
     kind = format or (filename or "").rsplit(".", 1)[-1]
     if kind not in ASSET_CONTENT_TYPES:
-        raise Refusal(422, "filename or format needed")  # S
+        raise RefusalError(422, "filename or format needed")  # S
     if kind == "png" and not stream.startswith(PNG_MAGIC):
-        raise Refusal(422, "not a PNG image")
+        raise RefusalError(422, "not a PNG image")
     file = GridFSFile(
         _id=new_id(),
         filename=filename or f"asset.{kind}",
@@ -461,9 +459,9 @@ def set_tile_image(state: State, project: str, job: str, asset: Any) -> Any:
 def upload_file(state: State, project: str, stream: bytes, overwrite: bool = False, path: str = "") -> str:
     place = state.inside(project, path)
     if place.exists() and not overwrite:
-        raise Refusal(409, f"{path} is there already")  # S
+        raise RefusalError(409, f"{path} is there already")  # S
     if not place.parent.is_dir():
-        raise Refusal(404, f"no directory {Path(path).parent}")  # I
+        raise RefusalError(404, f"no directory {Path(path).parent}")  # I
     place.write_bytes(stream)
     return str(place)
 
@@ -472,7 +470,7 @@ def upload_file(state: State, project: str, stream: bytes, overwrite: bool = Fal
 def download_file(state: State, project: str, path: str = "") -> bytes:
     place = state.inside(project, path)
     if not place.is_file():
-        raise Refusal(404, f"no file {path}")
+        raise RefusalError(404, f"no file {path}")
     return place.read_bytes()
 
 
@@ -484,7 +482,7 @@ def make_directory(
     try:
         place.mkdir(parents=parents, exist_ok=exist_ok)
     except OSError as error:
-        raise Refusal(409, str(error)) from error
+        raise RefusalError(409, str(error)) from error
     return str(place)
 
 

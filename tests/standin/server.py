@@ -8,7 +8,7 @@ import struct
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -22,13 +22,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from standin.contract import MISSING, Function, is_stream, openapi, published_functions
 from standin.operations import OPERATIONS
-from standin.state import Refusal, State
+from standin.state import RefusalError, State
 
 LOOPBACK = "127.0.0.1"
 OPEN_TO_ALL = ("health", "login")
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """The connection is to break now, without an answer."""
 
 
@@ -70,12 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "drop":
             if stored_half is not None:
                 stored_half.write_bytes(raw[: len(raw) // 2])
-            raise Broken
+            raise BrokenError
         elif fault == "error":
-            raise Refusal(500, f"ordered failure of {name}")
+            raise RefusalError(500, f"ordered failure of {name}")
         elif fault == "expire":
             self.state.tokens.clear()
-            raise Refusal(401, "token has expired")
+            raise RefusalError(401, "token has expired")
 
 
 def serve(state: State) -> tuple[ThreadingHTTPServer, str]:
@@ -94,23 +94,25 @@ def serve(state: State) -> tuple[ThreadingHTTPServer, str]:
                 name = function.name
                 self.authorize(name)
                 if name not in OPERATIONS:
-                    raise Refusal(501, f"the stand-in does not implement api.{name}")
+                    raise RefusalError(501, f"the stand-in does not implement api.{name}")
                 fault = state.fault_at(name)
                 query = parse_qs(raw.decode() if name == "login" else self.query, keep_blank_values=True)
-                half = state.inside(arguments[0], query["path"][0]) if name == "projects.upload_file" else None
+                half = (
+                    state.inside(arguments[0], query["path"][0]) if name == "projects.upload_file" else None
+                )
                 self.misbehave(fault, name, half, raw)
                 positional, named = _parsed(function, arguments, query, raw)
                 with state.lock:
                     result = OPERATIONS[name](state, *positional, **named)
                 state.calls.append((name, 200))
                 if fault == "lost_reply":
-                    raise Broken
+                    raise BrokenError
                 self.deliver(function, result)
-            except Broken:
+            except BrokenError:
                 state.calls.append((name, 0))
                 self.break_connection()
-            except (Refusal, ValidationError, ValueError, TypeError) as error:
-                code = error.code if isinstance(error, Refusal) else 422
+            except (RefusalError, ValidationError, ValueError, TypeError) as error:
+                code = error.code if isinstance(error, RefusalError) else 422
                 state.calls.append((name, code))
                 self.answer(code, json.dumps({"detail": str(error)}).encode())
             except Exception:
@@ -127,12 +129,12 @@ def serve(state: State) -> tuple[ThreadingHTTPServer, str]:
                 function = routes.get(("/" + "/".join(words[:length]), self.command.lower()))
                 if function is not None and len(words) - length == len(function.path_parameters):
                     return function, [unquote(word) for word in words[length:]]
-            raise Refusal(404, f"no route {self.command} {parts.path}")
+            raise RefusalError(404, f"no route {self.command} {parts.path}")
 
         def authorize(self, name: str) -> None:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if name not in OPEN_TO_ALL and token not in state.tokens:
-                raise Refusal(401, "not authenticated, or the token has expired")
+                raise RefusalError(401, "not authenticated, or the token has expired")
 
         def deliver(self, function: Function, result: Any) -> None:
             if isinstance(result, Dataset):
@@ -183,7 +185,7 @@ def _parsed(
         if parameter.name in query:
             named[parameter.name] = _validated(parameter.type, query[parameter.name])
         elif parameter.default is MISSING:
-            raise Refusal(422, f"{function.name}: no query parameter {parameter.name}")
+            raise RefusalError(422, f"{function.name}: no query parameter {parameter.name}")
     body = function.body
     if body is not None and (raw or body.default is MISSING):
         if body.type is Dataset:
@@ -201,10 +203,8 @@ def _validated(kind: Any, values: list[str]) -> Any:
     tries: list[Any] = [values]
     if len(values) == 1:
         tries.insert(0, values[0])
-        try:
+        with suppress(ValueError):
             tries.insert(1, json.loads(values[0]))
-        except ValueError:
-            pass
     for value in tries[:-1]:
         try:
             return TypeAdapter(kind).validate_python(value)
@@ -214,4 +214,6 @@ def _validated(kind: Any, values: list[str]) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    return value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else api_default(value)
+    return (
+        value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else api_default(value)
+    )

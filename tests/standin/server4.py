@@ -17,9 +17,9 @@ from cryosparc.models.asset import GridFSAsset
 from cryosparc.models.job_spec import InputSlot, InputSpec, OutputSlot, OutputSpec
 
 from standin.operations import OPERATIONS
-from standin.server import LOOPBACK, Broken, Handler, start
+from standin.server import LOOPBACK, BrokenError, Handler, start
 from standin.slots import slot_fields
-from standin.state import LICENSE, PASSWORD, Refusal, State, known
+from standin.state import LICENSE, PASSWORD, RefusalError, State, known
 
 PORTS = range(39000, 39500, 10)
 CORE, VISUAL, LIVE = 2, 3, 5
@@ -82,7 +82,7 @@ def core_procedures(state: State) -> Procedures:
 
     def login(email: str, password: str) -> str:
         if (email, password) != (state.user.emails[0].address, PASSWORD):
-            raise Refusal(401, "Incorrect email or password")
+            raise RefusalError(401, "Incorrect email or password")
         return state.user.id
 
     def send_event(
@@ -198,15 +198,15 @@ def face(state: State, table: Procedures) -> type[Handler]:
             is_call = urlsplit(self.path).path == "/api"
             try:
                 if self.headers.get("License-ID") != LICENSE:
-                    raise Refusal(401, "wrong license")
+                    raise RefusalError(401, "wrong license")
                 if is_call:
                     self.answer(200, json.dumps({"result": self.called(json.loads(raw))}).encode())
                 else:
                     self.served(raw)
-            except Broken:
+            except BrokenError:
                 self.break_connection()
-            except (Refusal, TypeError) as error:
-                code = error.code if isinstance(error, Refusal) else 422
+            except (RefusalError, TypeError) as error:
+                code = error.code if isinstance(error, RefusalError) else 422
                 told = {"message": str(error), "code": code}
                 answer = json.dumps({"error": told} if is_call else told).encode()
                 self.answer(200 if is_call and code != 500 else code, answer)
@@ -216,12 +216,12 @@ def face(state: State, table: Procedures) -> type[Handler]:
             if name == "system.describe":
                 return {"procs": [{"name": known_name} for known_name in table]}
             if name not in table:
-                raise Refusal(501, f"the stand-in does not implement {name}")
+                raise RefusalError(501, f"the stand-in does not implement {name}")
             fault = state.fault_at(name)
             self.misbehave(fault, name, None, b"")
             result = table[name](**given) if isinstance(given, dict) else table[name](*given)
             if fault == "lost_reply":
-                raise Broken
+                raise BrokenError
             return result
 
         def served(self, raw: bytes) -> None:
@@ -245,12 +245,10 @@ def face(state: State, table: Procedures) -> type[Handler]:
                 return self.answer(200, json.dumps(asset.model_dump()).encode())
             if words[0] == "projects" and len(words) == 3:
                 half = state.inside(words[1], query["path"])
-                self.misbehave(
-                    state.fault_at("projects.upload_file"), "projects.upload_file", half, raw
-                )
+                self.misbehave(state.fault_at("projects.upload_file"), "projects.upload_file", half, raw)
                 call("projects.upload_file", words[1], raw, "overwrite" in query, query["path"])
                 return self.answer(200, b"{}")
-            raise Refusal(404, parts.path)
+            raise RefusalError(404, parts.path)
 
     Face.state = state
     return Face

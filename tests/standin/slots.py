@@ -8,13 +8,17 @@ X: the client's example notebook of a custom latent (names only; the dtypes are 
 from __future__ import annotations
 
 ALIGNMENTS = [  # D
-    ("split", "u4"), ("shift", "2f4"), ("pose", "3f4"), ("psize_A", "f4"), ("error", "f4"), ("error_min", "f4"),
+    ("split", "u4"), ("shift", "2f4"), ("pose", "3f4"), ("psize_A", "f4"), ("error", "f4"),
+    ("error_min", "f4"),
     ("resid_pow", "f4"), ("slice_pow", "f4"), ("image_pow", "f4"), ("cross_cor", "f4"), ("alpha", "f4"),
     ("alpha_min", "f4"), ("weight", "f4"), ("pose_ess", "f4"), ("shift_ess", "f4"), ("class_posterior", "f4"),
     ("class", "u4"), ("class_ess", "f4"),
 ]  # fmt: skip
 MAP = [("path", "O"), ("shape", "3u4"), ("psize_A", "f4")]  # F
-CTF_NUMBERS = "accel_kv cs_mm amp_contrast df1_A df2_A df_angle_rad phase_shift_rad scale scale_const".split()
+CTF_NUMBERS = (
+    "accel_kv", "cs_mm", "amp_contrast", "df1_A", "df2_A", "df_angle_rad", "phase_shift_rad", "scale",
+    "scale_const",
+)  # fmt: skip
 FIELDS = {
     "particle": {
         "blob": [  # F

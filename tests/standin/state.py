@@ -21,13 +21,23 @@ from cryosparc.models.resource import ResourceSpec
 from cryosparc.models.user import Email, User
 from cryosparc.models.workspace import Workspace
 
-STATUSES = "building queued launched started running waiting completed killed failed".split()
+STATUSES = (
+    "building",
+    "queued",
+    "launched",
+    "started",
+    "running",
+    "waiting",
+    "completed",
+    "killed",
+    "failed",
+)
 EXTERNAL = "snowflake"
 LICENSE = "00000000-0000-0000-0000-000000000000"
 EMAIL, PASSWORD = "tester@example.org", "secret"
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer with an HTTP status that is no success."""
 
     def __init__(self, code: int, detail: str) -> None:
@@ -50,7 +60,7 @@ class Fault:
 
 
 class State:
-    """One instance of cryoSPARC with one user; every method that fails raises `Refusal`."""
+    """One instance of cryoSPARC with one user; every method that fails raises `RefusalError`."""
 
     def __init__(self, root: Path, version: str) -> None:
         self.root, self.version, self.lock = root, version, threading.RLock()
@@ -179,9 +189,9 @@ class State:
         """An external job in one of the allowed statuses."""
         job = self.job(project, uid)
         if job.spec.type != EXTERNAL:
-            raise Refusal(400, f"{uid} is not an external job")
+            raise RefusalError(400, f"{uid} is not an external job")
         if allowed and job.status not in allowed:
-            raise Refusal(409, f"{uid} is {job.status}; it must be {' or '.join(allowed)}")
+            raise RefusalError(409, f"{uid} is {job.status}; it must be {' or '.join(allowed)}")
         return job
 
     def inside(self, project: str, path: str) -> Path:
@@ -189,7 +199,7 @@ class State:
         base = self.folder(project).resolve()
         place = Path(os.path.normpath(base / path))
         if place != base and base not in place.parents:
-            raise Refusal(403, f"{path} is not in the directory of project {project}")
+            raise RefusalError(403, f"{path} is not in the directory of project {project}")
         return place
 
     # ── Changing ──
@@ -202,7 +212,7 @@ class State:
     def clear(self, project: str, uid: str) -> Job:
         job = self.job(project, uid)
         if job.status in ("running", "waiting", "queued", "launched", "started"):
-            raise Refusal(409, f"{uid} is {job.status} and cannot be cleared")
+            raise RefusalError(409, f"{uid} is {job.status} and cannot be cleared")
         shutil.rmtree(self.folder(project) / uid)
         (self.folder(project) / uid).mkdir()
         self.events[project, uid] = []
@@ -218,12 +228,12 @@ class State:
         if isinstance(which, list):
             lacking = set(which) - {result.name for result in results}
             if lacking:
-                raise Refusal(404, f"slots not available: {sorted(lacking)}")
+                raise RefusalError(404, f"slots not available: {sorted(lacking)}")
             results = [result for result in results if result.name in which]
         elif which != "all":
             results = [result for result in results if result.passthrough == (which == "passthrough")]
         if not results:
-            raise Refusal(404, "the output is empty")
+            raise RefusalError(404, "the output is empty")
         files = [result.metafiles[-1 if version == "F" else version] for result in results]
         paths = [self.folder(project) / file for file in dict.fromkeys(files)]
         joined = Dataset.innerjoin_many(*map(Dataset.load, paths))
@@ -234,7 +244,7 @@ class State:
     def input_rows(self, project: str, job: Job, name: str, which: Any = "all") -> Any:
         given = known(job.spec.inputs.root, name, "input")
         if not given.connections:
-            raise Refusal(404, f"input {name} has no connection")
+            raise RefusalError(404, f"input {name} has no connection")
         parts = [
             self.joined(project, self.output(project, connection.job_uid, connection.output), which)
             for connection in given.connections
@@ -244,7 +254,7 @@ class State:
 
 def known(table: dict[Any, Any], key: Any, what: str) -> Any:
     if key not in table:
-        raise Refusal(404, f"{what} {key} not found")
+        raise RefusalError(404, f"{what} {key} not found")
     return table[key]
 
 
