@@ -63,6 +63,7 @@ def push_target(wildcards):
         "job": "--job",
         "output": "--output-name",
         "clusters": "--clusters/--no-clusters",
+        "import_volumes": "--import-volumes/--no-import-volumes",
     }
     return options({**dataset["push"], **given}, flags)
 

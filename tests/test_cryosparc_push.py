@@ -233,6 +233,69 @@ def test_another_target_gets_a_job_of_its_own(connected: Instance, run: Path) ->
     assert connected.state.job(PROJECT, first).status == "completed"
 
 
+def imported(run: Path) -> str:
+    volumes = (run / "volumes" / "centers",)
+    return push(gather(run, volumes, {}, import_maps=True), TARGET, run / "cryosparc")
+
+
+def import_jobs(there: Instance) -> list[Any]:
+    return [job for job in there.state.jobs.values() if job.spec.type == "import_volumes"]
+
+
+def test_maps_may_go_through_cryosparcs_own_import_job(connected: Instance, run: Path) -> None:
+    uid = imported(run)
+    outputs = connected.state.job(PROJECT, uid).spec.outputs.root
+    assert {output.type for output in outputs.values()} == {"particle"}
+    (job,) = import_jobs(connected)
+    receipt = json.loads((run / "cryosparc" / "pushed.json").read_text(encoding="utf-8"))
+    assert receipt["import_job"] == job.uid
+    assert set(receipt["volumes"]) == set(job.spec.outputs.root)
+    for name, made in receipt["volumes"].items():
+        (stored,) = connected.state.joined(PROJECT, job.spec.outputs.root[name], "all")["map/path"]
+        assert (connected.project / stored).read_bytes() == Path(made).read_bytes()
+    calls = len(connected.state.calls)
+    assert imported(run) == uid
+    assert not {name for name, _ in connected.state.calls[calls:]} & {"jobs.create", "jobs.enqueue"}
+
+
+@pytest.mark.parametrize("function", ["jobs.enqueue", "jobs.create", "jobs.clear"])
+def test_an_import_job_that_could_not_be_run_is_taken_up_again(
+    connected: Instance, run: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported(run)
+    shift_latents(run)
+    if function == "jobs.create":
+        connected.state.job(PROJECT, import_jobs(connected)[0].uid).deleted = True
+    order = Fault(function, "error", skip=1 if function == "jobs.clear" else 0)
+    connected.state.faults[:] = [order]
+    with pytest.raises(ExternalJobError, match="ordered failure"):
+        imported(run)
+    assert not (run / "cryosparc" / "pushed.json").exists()
+    uid = imported(run)
+    jobs = [job for job in import_jobs(connected) if not job.deleted]
+    assert [job.status for job in jobs] == ["completed"]
+    assert connected.state.job(PROJECT, uid).status == "completed"
+    assert len(external_jobs(connected)) == 1
+
+
+def test_an_import_that_finds_other_maps_than_were_sent_is_an_error(connected: Instance, run: Path) -> None:
+    from standin import operations
+
+    upload = operations.OPERATIONS["projects.upload_file"]
+
+    def and_another(state: Any, project: str, stream: bytes, path: str = "", **named: Any) -> Any:
+        upload(state, project, stream, path=path.replace("_000_", "_999_"), **named)
+        return upload(state, project, stream, path=path, **named)
+
+    operations.OPERATIONS["projects.upload_file"] = and_another
+    try:
+        with pytest.raises(ExternalJobError, match="is completed with 3 of 2 maps"):
+            imported(run)
+    finally:
+        operations.OPERATIONS["projects.upload_file"] = upload
+    assert not (run / "cryosparc" / "pushed.json").exists()
+
+
 # ── Refusals: nothing is made in cryoSPARC ──
 
 
@@ -508,6 +571,18 @@ def test_a_cryosparc_of_another_version_is_refused(there: Instance, run: Path) -
 
 
 # ── The client of 4.7 ──
+
+
+@pytest.mark.cryosparc4
+@pytest.mark.heavy
+def test_the_client_of_4_7_runs_the_import_job_too(cryosparc4: Path, run: Path, tmp_path: Path) -> None:
+    with served(run, tmp_path, cryosparc4, "4") as there:
+        for _ in range(2):
+            done = there.run(*words(run), "--import-volumes")
+            assert done.returncode == 0, done.stderr
+            shift_latents(run)
+        (job,) = import_jobs(there)
+        assert (job.status, len(job.spec.outputs.root)) == ("completed", 2)
 
 
 @pytest.mark.cryosparc4

@@ -169,6 +169,7 @@ def test_every_setting_reaches_a_command_that_the_verbs_understand(tmp_path: Pat
             "clusters": False,
             "subsets": ["few"],
             "volumes": ["pc1"],
+            "import_volumes": True,
         },
         runs={"vae": {"subsets": ["all", "few"]}},
     )
@@ -196,6 +197,7 @@ def test_every_setting_reaches_a_command_that_the_verbs_understand(tmp_path: Pat
     for push in (on_all, on_few):
         assert (push["project"], push["workspace"], push["job"]) == ("P4", "W2", "J5")
         assert push["clusters"] is False
+        assert push["import_volumes"] is True
         assert push["volumes"] == [push["run"] / "volumes/pc1"]
         assert push["output"] == push["run"] / "cryosparc"
     assert on_all["subset"] == ["few=few.txt"]

@@ -76,6 +76,13 @@ def push_verb(
     clusters: Annotated[
         bool, typer.Option("--clusters/--no-clusters", help="One output per cluster of analyze.")
     ] = True,
+    import_volumes: Annotated[
+        bool,
+        typer.Option(
+            "--import-volumes/--no-import-volumes",
+            help="Maps by cryoSPARC's own job Import 3D Volumes, queued without a lane.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for job.json and pushed.json; else RUN/cryosparc."),
@@ -93,7 +100,8 @@ def push_verb(
     from cryodrgn_pipeline.interop.cryosparc_content import gather
     from cryodrgn_pipeline.interop.cryosparc_push import Target, push
 
-    content = gather(run, tuple(volumes or ()), _named_files(subset or []), clusters=clusters)
+    subsets = _named_files(subset or [])
+    content = gather(run, tuple(volumes or ()), subsets, clusters=clusters, import_maps=import_volumes)
     target = Target(project=project, workspace=workspace, job=job, output=output_name)
     typer.echo(f"{project} {push(content, target, output or run / 'cryosparc')}")
 

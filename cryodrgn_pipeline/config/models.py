@@ -246,6 +246,9 @@ class CryosparcPush(Section):
     volumes: list[PathText] = Field(
         ["centers"], description="series whose maps go along: centers, pc1, direct, graph"
     )
+    import_volumes: bool = Field(
+        False, description="maps by cryoSPARC's own job Import 3D Volumes instead of outputs of ours"
+    )
 
 
 class Dataset(Section):

@@ -159,11 +159,19 @@ class Connection:
         with talking(f"creating a job in {project} {workspace}"):
             return self.client.create_external_job(project, workspace, title=title, desc=description)
 
-    def find_external_job(self, project: str, job: str) -> Any | None:
-        """An external job as the client's own object; None where it is gone."""
+    def create_job(
+        self, project: str, workspace: str, kind: str, parameters: Mapping[str, Any], title: str
+    ) -> Any:
+        """A new job of one of cryoSPARC's own types, as the client's own object."""
+        with talking(f"creating a job {kind} in {project} {workspace}"):
+            return self.client.create_job(project, workspace, kind, params=dict(parameters), title=title)
+
+    def find_job(self, project: str, job: str, *, external: bool = False) -> Any | None:
+        """A job as the client's own object; None where it is gone."""
+        find = self.client.find_external_job if external else self.client.find_job
         try:
             with talking(f"looking for job {project} {job}"):
-                found = self.client.find_external_job(project, job)
+                found = find(project, job).refresh()
         except ConnectionLostError:
             raise
         except ExternalJobError as error:

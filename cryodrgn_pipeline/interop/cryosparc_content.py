@@ -56,7 +56,10 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """All that a push sends: `uid` `(N,)`, `z` `(N, J)`, groups of rows, maps, images with captions."""
+    """All that a push sends: `uid` `(N,)`, `z` `(N, J)`, groups of rows, maps, images with captions.
+
+    `import_maps`: maps by cryoSPARC's own import job instead of outputs of the external job.
+    """
 
     run: Path
     uid: NDArray[np.uint64]
@@ -64,10 +67,12 @@ class Content:
     groups: tuple[Group, ...]
     states: tuple[State, ...]
     images: tuple[tuple[Path, str], ...]
+    import_maps: bool
 
     def output_names(self) -> list[str]:
-        """The outputs that the job is to have."""
-        return [*(group.name for group in self.groups), *(state.name for state in self.states)]
+        """The outputs that the external job is to have."""
+        states = () if self.import_maps else self.states
+        return [*(group.name for group in self.groups), *(state.name for state in states)]
 
     def digest(self) -> str:
         """Changes with everything that would look different in cryoSPARC."""
@@ -83,13 +88,19 @@ class Content:
                     [state.name, state.title, *(_file_digest(path) for path in state.files)]
                     for state in self.states
                 ],
+                "import_maps": self.import_maps,
                 "images": [[caption, _file_digest(path)] for path, caption in self.images],
             }
         )
 
 
 def gather(
-    run: Path, volumes: tuple[Path, ...], subsets: Mapping[str, Path], *, clusters: bool = True
+    run: Path,
+    volumes: tuple[Path, ...],
+    subsets: Mapping[str, Path],
+    *,
+    clusters: bool = True,
+    import_maps: bool = False,
 ) -> Content:
     """Read what is to be pushed of a run, and check it.
 
@@ -103,6 +114,8 @@ def gather(
         Id files by name: one output of particles each.
     clusters
         One output of particles for each cluster of RUN/analysis, if that is there.
+    import_maps
+        Maps by cryoSPARC's own import job.
 
     Raises
     ------
@@ -133,6 +146,7 @@ def gather(
         groups=tuple(groups),
         states=tuple(states),
         images=tuple(image for image in images if image[0].is_file()),
+        import_maps=import_maps,
     )
     names = content.output_names()
     repeated = sorted({name for name in names if names.count(name) > 1})

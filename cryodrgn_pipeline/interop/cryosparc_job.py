@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 RUNNING = ("running", "waiting")
 BUILDING, COMPLETED = "building", "completed"
+MAP_FOLDER = "volumes"  # in the job's own folder
 
 
 class ExternalJob:

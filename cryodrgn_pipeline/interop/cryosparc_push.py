@@ -17,7 +17,8 @@ from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.interop.cryosparc_client import Connection, Output, output_of_kind
 from cryodrgn_pipeline.interop.cryosparc_content import Content
-from cryodrgn_pipeline.interop.cryosparc_job import COMPLETED, ExternalJob, filling
+from cryodrgn_pipeline.interop.cryosparc_import import import_maps
+from cryodrgn_pipeline.interop.cryosparc_job import COMPLETED, MAP_FOLDER, ExternalJob, filling
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.output_lock import sole_writer
 from cryodrgn_pipeline.io.runs import read_json
@@ -47,7 +48,8 @@ class Journal:
     """What a push remembers on disk while it works.
 
     `mark` is written into the job's description, so that a job can be found whose uid was lost; `job` its
-    uid; `digest` that of the content which is or was being filled in; `completed`: it was filled whole.
+    uid; `digest` that of the content which is or was being filled in; `completed`: it was filled whole;
+    `import_job` the uid of cryoSPARC's own job that imports the maps, if that is wanted.
     """
 
     target: Target
@@ -55,6 +57,7 @@ class Journal:
     job: str | None = None
     digest: str | None = None
     completed: bool = False
+    import_job: str | None = None
 
 
 def push(content: Content, target: Target, folder: Path) -> str:
@@ -95,16 +98,20 @@ def push(content: Content, target: Target, folder: Path) -> str:
             log.info("%s holds this content already; nothing to do", job.name)
         else:
             (folder / RECEIPT).unlink(missing_ok=True)
-            journal = replace(journal, job=job.uid, digest=fingerprint, completed=False)
+            maps = journal.import_job if journal.job == job.uid else None
+            journal = replace(journal, job=job.uid, digest=fingerprint, completed=False, import_job=maps)
             write_json(folder / JOURNAL, asdict(journal))
             job.clear()
             with filling(job):
                 _define(job, content, target, source)
                 job.start()
                 _fill(job, content)
-            write_json(folder / JOURNAL, asdict(replace(journal, completed=True)))
+            if content.states and content.import_maps:
+                journal = _imported(connection, job, content, journal, folder / JOURNAL)
+            journal = replace(journal, completed=True)
+            write_json(folder / JOURNAL, asdict(journal))
             log.info("%d particles, %d volumes are in %s", len(content.uid), len(content.states), job.name)
-        write_json(folder / RECEIPT, _receipt(job, content, target, fingerprint, connection))
+        write_json(folder / RECEIPT, _receipt(journal, content, connection))
         return job.uid
 
 
@@ -139,7 +146,7 @@ def _journal(connection: Connection, target: Target, path: Path) -> tuple[Journa
         write_json(path, asdict(journal))
         return journal, None
     if journal.job is not None:
-        return journal, connection.find_external_job(target.project, journal.job)
+        return journal, connection.find_job(target.project, journal.job, external=True)
     return journal, connection.find_by_description(target.project, target.workspace, journal.mark)
 
 
@@ -161,7 +168,7 @@ def _define(job: ExternalJob, content: Content, target: Target, source: dict[str
     for group in content.groups:
         job.add_output("particle", group.name, components, group.title, passthrough=INPUT)
     known = map_dtypes(source)
-    for state in content.states:
+    for state in () if content.import_maps else content.states:
         slots = {slot: known.get(slot, MAP_DTYPE) for slot in MAP_SLOTS[: len(state.files)]}
         job.add_output("volume", state.name, slots, state.title)
 
@@ -195,8 +202,11 @@ def _fill(job: ExternalJob, content: Content) -> None:
         job.save(group.name, rows)
     for number, state in enumerate(content.states, start=1):
         job.progress(f"volume {number} of {len(content.states)}: {state.title}")
-        map_row = upload_maps(job, state.name, state.files, state.box_size_px, state.voxel_size_a)
-        job.save(state.name, map_row)
+        if content.import_maps:
+            job.upload(_map_path(state.name, MAP_SLOTS[0]), state.path)
+        else:
+            map_row = upload_maps(job, state.name, state.files, state.box_size_px, state.voxel_size_a)
+            job.save(state.name, map_row)
     for image, caption in content.images:
         job.show(image, caption)
     if content.images:
@@ -218,12 +228,27 @@ def upload_maps(
     """Upload a map, and its half maps if given, and make the one-row dataset of their output."""
     dataset = job.allocate(output, 1)
     for slot, file in zip(MAP_SLOTS, files, strict=False):
-        path = f"volumes/{output}_{slot}.mrc"
+        path = _map_path(output, slot)
         job.upload(path, file)
         dataset[f"{slot}/path"] = f"{job.uid}/{path}"
         dataset[f"{slot}/shape"] = [[box_size_px] * 3]
         dataset[f"{slot}/psize_A"] = voxel_size_a
     return dataset
+
+
+def _map_path(output: str, slot: str) -> str:
+    return f"{MAP_FOLDER}/{output}_{slot}.mrc"
+
+
+def _imported(
+    connection: Connection, job: ExternalJob, content: Content, journal: Journal, path: Path
+) -> Journal:
+    def remember(uid: str) -> None:
+        write_json(path, asdict(replace(journal, import_job=uid)))
+
+    workspace, expected = journal.target.workspace, len(content.states)
+    uid = import_maps(connection, workspace, job, expected, journal.import_job, remember)
+    return replace(journal, import_job=uid)
 
 
 def _title(content: Content) -> str:
@@ -234,15 +259,16 @@ def _description(content: Content, journal: Journal) -> str:
     return f"Written by cryodrgn_pipeline from {content.run.resolve()}. Push {journal.mark}."
 
 
-def _receipt(
-    job: ExternalJob, content: Content, target: Target, fingerprint: str, connection: Connection
-) -> dict[str, Any]:
+def _receipt(journal: Journal, content: Content, connection: Connection) -> dict[str, Any]:
+    states = sorted(content.states, key=lambda state: state.name) if content.import_maps else content.states
+    names = [f"imported_volume_{n}" if content.import_maps else s.name for n, s in enumerate(states, start=1)]
     return {
-        **asdict(target),
-        "external_job": job.uid,
-        "digest": fingerprint,
+        **asdict(journal.target),
+        "external_job": journal.job,
+        "import_job": journal.import_job,
+        "digest": journal.digest,
         "particles": {group.name: len(group.rows) for group in content.groups},
-        "volumes": {state.name: str(state.path) for state in content.states},
+        "volumes": {name: str(state.path) for name, state in zip(names, states, strict=True)},
         "version": __version__,
         "cryosparc_tools": connection.tools_version,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),

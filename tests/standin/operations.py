@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryosparc import mrc
 from cryosparc.dataset import Dataset
 from cryosparc.models.asset import GridFSAsset, GridFSFile
 from cryosparc.models.event import CheckpointEvent, ImageEvent, TextEvent
@@ -20,6 +21,7 @@ from cryosparc.models.job_spec import (
     Output,
     OutputResult,
     OutputSlot,
+    Params,
 )
 from cryosparc.spec import ASSET_CONTENT_TYPES
 
@@ -28,6 +30,7 @@ from standin.state import EXTERNAL, RefusalError, State, known, new_id, now
 
 NAME = re.compile(r"[A-Za-z][0-9A-Za-z_]*")
 OPEN = ("building", "running", "waiting")
+IMPORT_PARAMETERS = {"volume_blob_path", "volume_out_name", "volume_psize"}  # seen in published scripts
 PNG_MAGIC = b"\x89PNG"
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 
@@ -136,9 +139,33 @@ def create_job(
     **_: Any,
 ) -> Any:
     known(state.workspaces, (project, workspace), "workspace")
-    if type != EXTERNAL:
-        raise RefusalError(501, f"the stand-in makes external jobs only, no {type!r}")
-    return state.new_job(project, workspace, type, title, description)
+    if type not in (EXTERNAL, "import_volumes"):
+        raise RefusalError(501, f"the stand-in makes no jobs of type {type!r}")
+    if unknown := set(params or {}) - IMPORT_PARAMETERS:
+        raise RefusalError(422, f"unknown parameters {sorted(unknown)}")
+    job = state.new_job(project, workspace, type, title, description)
+    job.spec.params = Params(**(params or {}))
+    return job
+
+
+@operation("jobs.enqueue")
+def enqueue(state: State, project: str, job: str, **_: Any) -> Any:
+    """Import 3D Volumes, carried out at once: one output per file that the path matches, in their order. I"""
+    found = state.job(project, job)
+    if found.spec.type != "import_volumes" or found.status != "building":
+        raise RefusalError(409, f"{job} is a {found.spec.type} and {found.status}; it cannot be queued")
+    given = Path(found.spec.params.volume_blob_path)
+    files = sorted(given.parent.glob(given.name))
+    if not files:
+        return state.set_status(found, "failed")
+    for number, file in enumerate(files, start=1):
+        header, _data = mrc.read(file)
+        row = Dataset.allocate(1, slot_fields("volume", "map", "blob"))
+        row["map/path"] = str(file.relative_to(state.folder(project)))
+        row["map/shape"] = [[header.nz, header.ny, header.nx]]
+        row["map/psize_A"] = header.xlen / header.nx
+        state.add_output(found, f"imported_volume_{number}", "volume", [("map", "blob", False)], row)
+    return state.set_status(found, "completed")
 
 
 @operation("jobs.set_description")

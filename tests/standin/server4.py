@@ -101,6 +101,19 @@ def core_procedures(state: State) -> Procedures:
     def set_status(project: str, job: str, status: str) -> None:
         call("jobs.mark_completed" if status == "completed" else "jobs.mark_failed", project, job)
 
+    def make_job(
+        job_type: str,
+        project_uid: str,
+        workspace_uid: str,
+        user_id: str,
+        title: str | None,
+        desc: str | None,
+        params: dict[str, Any],
+        input_group_connects: dict[str, Any],
+    ) -> str:
+        named = {"type": job_type, "title": title or "", "description": desc or ""}
+        return call("jobs.create", project_uid, workspace_uid, params, **named).uid
+
     return {
         "get_id_by_email_password": login,
         "get_running_version": lambda: state.version,
@@ -113,6 +126,10 @@ def core_procedures(state: State) -> Procedures:
             call("jobs.mark_running", project, job, status) and None
         ),
         "set_job_status": set_status,
+        "make_job": make_job,
+        "enqueue_job": lambda project_uid, job_uid, lane, user_id, hostname, gpus: (
+            call("jobs.enqueue", project_uid, job_uid) and None
+        ),
         "job_send_streamlog": send_event,
     }
 

@@ -217,6 +217,8 @@ class State:
         (self.folder(project) / uid).mkdir()
         self.events[project, uid] = []
         job.ui_tile_images = []
+        if job.spec.type != EXTERNAL:
+            job.spec.outputs.root.clear()
         for output in job.spec.outputs.root.values():
             output.num_items, output.image = 0, None
             output.results = [OutputResult(name=slot.name, dtype=slot.dtype) for slot in output.slots]
