@@ -30,6 +30,9 @@ from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.ids import write_ids
 from cryodrgn_pipeline.io.runs import Latents, read_latents
 
+# as outside of pytest, where the client's warning about its retry is no error by itself
+pytestmark = pytest.mark.filterwarnings(r"ignore:\*\*\* API client")
+
 N = 40
 TARGET = Target(project=PROJECT, workspace=WORKSPACE, job=REFINEMENT)
 REAL_PNG = bytes.fromhex(
@@ -571,6 +574,18 @@ def test_a_cryosparc_of_another_version_is_refused(there: Instance, run: Path) -
 
 
 # ── The client of 4.7 ──
+
+
+@pytest.mark.cryosparc4
+@pytest.mark.heavy
+def test_no_password_is_in_what_is_printed(cryosparc4: Path, run: Path, tmp_path: Path) -> None:
+    with served(run, tmp_path, cryosparc4, "4") as there:
+        there.environment["CRYOSPARC_PASSWORD"] = "not to be seen"
+        done = there.run("--debug", *words(run))
+        assert done.returncode == 1
+        assert "authentication" in done.stderr
+        assert "not to be seen" not in done.stderr + done.stdout
+        assert not external_jobs(there)
 
 
 @pytest.mark.cryosparc4

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 PAUSE_S = 1.0
 BLOCK_BYTES = 2**20
+JOBS_AT_MOST = 1000
 SILENT_RETRY = r"\*\*\* "
 CONNECTION_WORDS = ("*** API client", "URL Error", "did not reply")
 NOT_AUTHORIZED = 401
@@ -123,17 +125,18 @@ class Connection:
             ) from error
         is_4 = tools_version.startswith("4.")
         known = {} if is_4 or _has_address() else {"base_url": _only_login()}
-        with talking(f"connecting with cryosparc-tools {tools_version}"):
-            warnings.filterwarnings("error", message=OTHER_VERSION)
-            try:
+        try:
+            with talking(f"connecting with cryosparc-tools {tools_version}"):
+                warnings.filterwarnings("error", message=OTHER_VERSION)
                 return cls(CryoSPARC(**known), tools_version)
-            except UserWarning as error:
-                if "may not be compatible" not in str(error):
-                    raise
-                raise ExternalJobError(
+        except ExternalJobError as error:
+            told = " ".join(str(error).split())
+            if isinstance(error.__cause__, UserWarning) and "may not be compatible" in told:
+                told = (
                     f"{str(error).splitlines()[0]} Install the client of that version in an environment of "
                     "its own, and name its command line as `executable` under `cryosparc:` in config.yaml"
-                ) from error
+                )
+            raise ExternalJobError(told) from None  # what 4.7 raised holds the password
 
     def project_folder(self, project: str) -> Path:
         """Where a project lies on cryoSPARC's own file system."""
@@ -182,11 +185,12 @@ class Connection:
         return None if deleted else found
 
     def find_by_description(self, project: str, workspace: str, mark: str) -> Any | None:
-        """An external job whose description holds `mark`; a client of 4.x cannot look for it: None."""
+        """A late external job whose description holds `mark`; a client of 4.x cannot look for it: None."""
         if self.is_4:
             return None
         with talking(f"looking for jobs of {project} {workspace}"):
-            for job in self.client.find_jobs(project, workspace, type="snowflake"):
+            found = self.client.find_jobs(project, workspace, type="snowflake", order=-1)
+            for job in islice(found, JOBS_AT_MOST):
                 if mark in job.desc:
                     return self.client.find_external_job(project, job.uid)
         return None

@@ -36,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
     """What the faces of both versions share: bodies, answers, ordered faults."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: two would wait for each other's acknowledgement
+    disable_nagle_algorithm = True
     state: State
 
     def log_message(self, *_: Any) -> None:
