@@ -81,7 +81,15 @@ def test_image_stacks_that_are_not_visible_here_are_refused(there: Instance, tmp
     (there.project / "J1" / "stack.mrc").symlink_to("/not/mounted/here.mrc")
     done = there.run(*READ, "-o", tmp_path / "source")
     assert done.returncode == 3
-    assert "stack.mrc: not visible on this machine, like 1 of the 1 image stacks" in done.stderr
+    assert "stack.mrc: not visible on this machine, like 1 of 1 files" in done.stderr
+    assert not (tmp_path / "source").exists()
+
+
+def test_a_map_that_is_not_visible_here_is_refused(there: Instance, tmp_path: Path) -> None:
+    (there.project / "J1" / "J1_volume_map.mrc").unlink()
+    done = there.run(*READ, "--volume", "volume", "-o", tmp_path / "source")
+    assert done.returncode == 3
+    assert "J1_volume_map.mrc: not visible" in done.stderr
     assert not (tmp_path / "source").exists()
 
 

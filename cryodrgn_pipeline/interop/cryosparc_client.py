@@ -1,5 +1,6 @@
-"""A connection to cryoSPARC through its own client, cryosparc-tools 5 or 4.7: the one place that branches.
+"""A connection to cryoSPARC through its own client, cryosparc-tools 5 or 4.7.
 
+Which of the two it is, only this module and `cryosparc_job` know.
 Credentials never pass through here: the client takes them from its environment variables
 (`CRYOSPARC_BASE_URL`, `CRYOSPARC_EMAIL`, `CRYOSPARC_PASSWORD`; 4.7: `CRYOSPARC_LICENSE_ID`,
 `CRYOSPARC_MASTER_HOSTNAME`, `CRYOSPARC_BASE_PORT` and the two last) or, from 5 on, from its own login.

@@ -86,6 +86,8 @@ def live_check(target: Target) -> tuple[str, list[Finding]]:
     outputs = connection.outputs(target.project, target.job)
     source_output(outputs, target)
     particles = connection.load(target.project, target.job, target.output)
+    if not len(particles):
+        raise ExternalJobError(f"{target.project} {target.job}: {target.output} holds no particles")
     mark = secrets.token_hex(8)
     description = f"Written by cryodrgn_pipeline {__version__} live-check; delete it. {mark}"
     handle = connection.create_external_job(
@@ -137,6 +139,8 @@ def _loads_all_slots(look: _Look) -> str:
 
 
 def _sees_images(look: _Look) -> str:
+    if "blob/path" not in look.particles.fields():
+        raise _OtherwiseError("these particles have no images")
     path = look.connection.project_folder(look.target.project) / str(look.particles["blob/path"][0])
     if not path.is_file():
         raise _OtherwiseError(
@@ -243,7 +247,7 @@ def _takes_events(look: _Look) -> str:
     look.job.progress("progress 2 of 2")
     look.job.show(image, "a grey pixel")
     look.job.set_tile(image)
-    return "a line, progress, an image" + ("" if look.connection.is_4 else ", a tile")
+    return "a line, progress, an image, from 5 on a tile"
 
 
 def _is_filled_again(look: _Look) -> str:

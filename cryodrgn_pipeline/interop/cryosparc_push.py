@@ -98,8 +98,7 @@ def push(content: Content, target: Target, folder: Path) -> str:
             log.info("%s holds this content already; nothing to do", job.name)
         else:
             (folder / RECEIPT).unlink(missing_ok=True)
-            maps = journal.import_job if journal.job == job.uid else None
-            journal = replace(journal, job=job.uid, digest=fingerprint, completed=False, import_job=maps)
+            journal = replace(journal, job=job.uid, digest=fingerprint, completed=False)
             write_json(folder / JOURNAL, asdict(journal))
             job.clear()
             with filling(job):
@@ -145,9 +144,13 @@ def _journal(connection: Connection, target: Target, path: Path) -> tuple[Journa
         journal = Journal(target=target, mark=secrets.token_hex(8))
         write_json(path, asdict(journal))
         return journal, None
-    if journal.job is not None:
-        return journal, connection.find_job(target.project, journal.job, external=True)
-    return journal, connection.find_by_description(target.project, target.workspace, journal.mark)
+    if journal.job is None:
+        return journal, connection.find_by_description(target.project, target.workspace, journal.mark)
+    handle = connection.find_job(target.project, journal.job, external=True)
+    if handle is None:
+        journal = Journal(target=target, mark=journal.mark)
+        write_json(path, asdict(journal))
+    return journal, handle
 
 
 def _read_journal(path: Path) -> Journal | None:

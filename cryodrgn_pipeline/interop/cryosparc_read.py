@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import ExternalJobError, InputFormatError
@@ -20,8 +21,9 @@ from cryodrgn_pipeline.io.cs import save_dataset
 
 log = logging.getLogger(__name__)
 
-PARTICLES, SUMMARY, MAP, MASK, PROJECT = "particles.cs", "cryosparc.json", "map.mrc", "mask.mrc", "project"
-MAP_SLOT = "map"
+PARTICLES, SUMMARY, PROJECT = "particles.cs", "cryosparc.json", "project"
+SLOTS = {"volume": "map", "mask": "mask"}  # by the type of the output
+FILES = {"volume": "map.mrc", "mask": "mask.mrc"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,30 +71,28 @@ def read_job(source: Source, output: Path) -> Path:
     where = f"{source.project} {source.job}"
     outputs = connection.outputs(source.project, source.job)
     output_of_kind(outputs, source.output, "particle", where)
-    files = {}
-    for name, kind, slot, key in (
-        (source.volume, "volume", MAP_SLOT, "volume"),
-        (source.mask, "mask", "mask", "mask"),
-    ):
-        if name is not None:
-            cure = f"; name another, or none with `{key}: null`"
-            output_of_kind(outputs, name, kind, where, cure)
-            files[key] = (name, slot)
+    wanted = {"volume": source.volume, "mask": source.mask}
+    named = {kind: name for kind, name in wanted.items() if name is not None}
+    for kind, name in named.items():
+        output_of_kind(outputs, name, kind, where, f"; name another, or none with `{kind}: null`")
     folder = _visible_folder(connection, source)
     dataset = connection.load(source.project, source.job, source.output)
     if not len(dataset):
         raise ExternalJobError(f"{where}: output {source.output} holds no particles")
-    _refuse_invisible_stacks(dataset, folder)
-    copies = {
-        key: folder / _path_of(connection.load(source.project, source.job, name), slot, where)
-        for key, (name, slot) in files.items()
+    if "blob/path" not in dataset.fields():
+        raise InputFormatError(f"{where}: its particles have no images, only {', '.join(dataset.fields())}")
+    _refuse_invisible(np.unique(np.asarray(dataset["blob/path"]).astype(str)), folder)
+    paths = {
+        kind: _path_of(connection.load(source.project, source.job, name), SLOTS[kind], where)
+        for kind, name in named.items()
     }
+    _refuse_invisible(np.array(list(paths.values())), folder)
     output.mkdir(parents=True, exist_ok=True)
     _link(output / PROJECT, folder)
-    for key, target in (("volume", MAP), ("mask", MASK)):
-        if key in copies:
-            with replacing(output / target) as temporary:
-                shutil.copyfile(copies[key], temporary)
+    copies = {kind: folder / path for kind, path in paths.items()}
+    for kind, path in copies.items():
+        with replacing(output / FILES[kind]) as temporary:
+            shutil.copyfile(path, temporary)
     save_dataset(dataset, output / PARTICLES)
     write_json(output / SUMMARY, _summary(source, connection, folder, dataset, copies))
     log.info("%d particles of %s %s written to %s", len(dataset), where, source.output, output)
@@ -111,17 +111,12 @@ def _visible_folder(connection: Connection, source: Source) -> Path:
     return folder.absolute()
 
 
-def _refuse_invisible_stacks(dataset: Any, folder: Path) -> None:
-    if "blob/path" not in dataset.fields():
-        raise InputFormatError(
-            f"the particles have no images (no column blob/path; there are {', '.join(dataset.fields())})"
-        )
-    paths = np.unique(np.asarray(dataset["blob/path"]).astype(str))
+def _refuse_invisible(paths: NDArray[np.str_], folder: Path) -> None:
     lacking = [path for path in paths if not (folder / path).is_file()]
     if lacking:
         raise InputFormatError(
-            f"{folder / lacking[0]}: not visible on this machine, like {len(lacking)} of the {len(paths)} "
-            "image stacks of these particles; links in the project must lead to folders that are mounted here"
+            f"{folder / lacking[0]}: not visible on this machine, like {len(lacking)} of {len(paths)} files "
+            "that the job names; links in the project must lead to folders that are mounted here"
         )
 
 
