@@ -63,7 +63,7 @@ def test_without_map_and_mask_only_particles_are_read(there: Instance, tmp_path:
         (("--volume", "volume_class_0"), 1, "no volume output volume_class_0"),
         (("--volume", "volume_class_0"), 1, "`volume: null`"),
         (("--mask", "particles"), 1, "no mask output particles"),
-        (("--project-folder", "/no/such/mount"), 3, "not visible on this machine"),
+        (("--project-folder", "/no/such/mount"), 3, "folder of project P3 is not visible on this machine"),
     ],
 )
 def test_what_is_not_there_is_named_and_nothing_is_written(
