@@ -564,6 +564,18 @@ def test_the_clients_own_login_is_enough(there: Instance, run: Path) -> None:
     assert_whole(there, run, "J2")
 
 
+def test_several_logins_ask_for_an_address(there: Instance, run: Path) -> None:
+    token = {"access_token": "a", "token_type": "bearer"}
+    session = {EMAIL: {"token": token, "expires": "2999-01-01T00:00:00Z"}}
+    path = Path(there.environment["XDG_CONFIG_HOME"]) / "cryosparc-tools" / "auth.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"http://a:39000": session, "http://b:39000": session}), encoding="utf-8")
+    del there.environment["CRYOSPARC_BASE_URL"]
+    done = there.run(*words(run))
+    assert done.returncode == 1
+    assert "logins for http://a:39000, http://b:39000: choose one; set CRYOSPARC_BASE_URL" in done.stderr
+
+
 def test_a_cryosparc_of_another_version_is_refused(there: Instance, run: Path) -> None:
     there.state.version = "v4.6.2"
     done = there.run(*words(run))
