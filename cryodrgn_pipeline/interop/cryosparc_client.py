@@ -82,7 +82,8 @@ def _is_connection(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     data, code = getattr(error, "data", None), getattr(error, "code", None)
     told = data.get("detail", data) if isinstance(data, dict) else data
-    text = f"{told} (HTTP {code})" if told else str(error).strip() or type(error).__name__
+    text = f"{told} (HTTP {code})" if told else str(error) or type(error).__name__
+    text = " ".join(text.split())
     return f"{text}; {LOG_IN}" if code == NOT_AUTHORIZED else text
 
 
@@ -131,11 +132,11 @@ class Connection:
                 warnings.filterwarnings("error", message=OTHER_VERSION)
                 return cls(CryoSPARC(**known), tools_version)
         except ExternalJobError as error:
-            told = " ".join(str(error).split())
-            if isinstance(error.__cause__, UserWarning) and "may not be compatible" in told:
-                told = (
-                    f"{str(error).splitlines()[0]} Install the client of that version in an environment of "
-                    "its own, and name its command line as `executable` under `cryosparc:` in config.yaml"
+            told, its_cure, _ = str(error).partition(" To install a compatible version")
+            if its_cure:
+                told += (
+                    " Install the client of that version in an environment of its own, and name its command "
+                    "line as `executable` under `cryosparc:` in config.yaml"
                 )
             raise ExternalJobError(told) from None  # what 4.7 raised holds the password
 
