@@ -106,7 +106,7 @@ def consensus(
     check
         `stop` (raise where the data contradict a convention), `warn` or `off`.
     mask
-        Soft mask for the FSC, of any box about the same centre; found in the map where not given.
+        Soft mask for the FSC, resampled where its box is another; found in the map where not given.
     seed
         Deals the half sets where the source has none, and draws the check's subset.
 
@@ -226,19 +226,16 @@ def read_reference(path: Path) -> tuple[Tensor, float]:
 
 def _mask_on_grid(path: Path, box_size_px: int, pixel_size_a: float) -> Tensor:
     values, voxel_a = read_volume(path)
-    d0 = values.shape[0]
-    resampled = values.shape != (box_size_px,) * 3
-    if resampled and (values.shape != (d0,) * 3 or d0 % 2 or voxel_a <= 0):
-        raise InputFormatError(
-            f"{path}: the mask has {' x '.join(map(str, values.shape[::-1]))} voxels of {voxel_a:.4g} Å, the "
-            f"stack {box_size_px} px of {pixel_size_a:.4g} Å; only an even cube with its voxel size in the "
-            "header can be brought onto the stack's grid"
-        )
     low, high = values.min(), values.max()
     if not (low >= -1e-3 and 0 < high <= 1.001):  # also where a voxel is no number
         raise InputFormatError(f"{path}: a mask lies between 0 and 1, this map in {low:.3g} ... {high:.3g}")
-    mask = torch.from_numpy(values)
-    if resampled:
+    mask, shape = torch.from_numpy(values), values.shape
+    if shape != (box_size_px,) * 3:
+        if shape != (shape[0],) * 3 or shape[0] % 2 or voxel_a <= 0:
+            raise InputFormatError(
+                f"{path}: the mask has {' x '.join(map(str, shape[::-1]))} voxels of {voxel_a:.4g} Å, the "
+                f"stack {box_size_px} px; to be resampled it must be an even cube with a voxel size"
+            )
         mask = resample_volume(mask, voxel_a, box_size_px, pixel_size_a)
     return mask.clamp(0, 1)
 

@@ -299,7 +299,9 @@ def consensus_verb(
     check: Annotated[
         str, typer.Option(help="Where the data contradict a convention: stop, warn, or off (no check).")
     ] = "stop",
-    mask: Annotated[Path | None, typer.Option(help="Soft mask for the FSC; default from the map.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Soft mask for the FSC, in any box; default from the map.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws half sets where the source has none.")] = 0,
 ) -> None:
     """Reconstruct the consensus map in two halves, and check the conventions against the data.

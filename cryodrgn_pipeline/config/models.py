@@ -271,7 +271,9 @@ class Dataset(Section):
     reference: PathText | None = Field(
         None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
     )
-    mask: PathText | None = Field(None, description="soft mask (.mrc) for the FSC; null = from the map")
+    mask: PathText | None = Field(
+        None, description="soft mask (.mrc) for the FSC, in any box; null = from the map"
+    )
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())
     subsets: dict[Name, Subset] = Field({}, description="named particle subsets; 'all' is always there")

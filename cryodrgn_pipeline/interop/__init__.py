@@ -1,1 +1,1 @@
-"""Host programs' protocols; nothing here is imported unless it is asked for."""
+"""Host programs: how they start us, what they want to be told, what they take back."""

@@ -17,7 +17,7 @@ from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import ExternalJobError, InputFormatError
 from cryodrgn_pipeline.interop.cryosparc_client import Connection, output_of_kind
 from cryodrgn_pipeline.io.atomic import replacing, write_json
-from cryodrgn_pipeline.io.cs import save_dataset
+from cryodrgn_pipeline.io.cs import write_dataset
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def read_job(source: Source, output: Path) -> Path:
     for kind, path in copies.items():
         with replacing(output / FILES[kind]) as temporary:
             shutil.copyfile(path, temporary)
-    save_dataset(dataset, output / PARTICLES)
+    write_dataset({name: dataset[name] for name in dataset.fields()}, output / PARTICLES)
     write_json(output / SUMMARY, _summary(source, connection, folder, dataset, copies))
     log.info("%d particles of %s %s written to %s", len(dataset), where, source.output, output)
     return output / PARTICLES

@@ -185,7 +185,7 @@ def write_masked(path: Path, keep_uids: NDArray[np.uint64], output: Path) -> int
     """
     dataset = load_dataset(path)
     mask = np.isin(_uids(dataset), keep_uids)
-    save_dataset(dataset.mask(mask), output)
+    _save(dataset.mask(mask), output)
     return int(mask.sum())
 
 
@@ -193,11 +193,10 @@ def write_dataset(columns: Mapping[str, NDArray[Any]], output: Path) -> None:
     """Write columns, uid among them, as a .cs file in NumPy encoding, atomically."""
     from cryosparc.dataset import Dataset
 
-    save_dataset(Dataset([(name, values) for name, values in columns.items()]), output)
+    _save(Dataset([(name, values) for name, values in columns.items()]), output)
 
 
-def save_dataset(dataset: Any, output: Path) -> None:
-    """Write a `cryosparc.dataset.Dataset` in NumPy encoding, atomically."""
+def _save(dataset: Any, output: Path) -> None:
     from cryosparc.dataset import NUMPY_FORMAT
 
     with replacing(output) as temporary:
