@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.io.ids import read_ids
+from cryodrgn_pipeline.io.ids import is_in, read_ids
 from cryodrgn_pipeline.io.runs import Columns, read_columns, read_latents
 from cryodrgn_pipeline.landscape.expression import evaluate_condition, unknown_column
 
@@ -110,8 +110,7 @@ def _conditions(columns: Columns, selection: Selection) -> list[tuple[str, NDArr
     masks += [(f"--outline {text[:30]}…", _in_outline(columns, text)) for text in selection.outlines]
     for path in selection.id_files:
         ids = columns["particle_id"]
-        wanted = set(read_ids(path, ids).tolist())  # np.isin compares texts all with all
-        masks.append((f"--ids {path}", np.array([i in wanted for i in ids.tolist()])))
+        masks.append((f"--ids {path}", is_in(ids, read_ids(path, ids))))
     if selection.no_junk:
         masks.append(("--no-junk", ~_column(columns, "junk").astype(bool)))
     return masks
