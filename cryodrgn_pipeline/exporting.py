@@ -62,7 +62,8 @@ def export_particles(import_dir: Path, output: Path, subset: Path | NDArray[Any]
     InputFormatError
         If the subset names unknown ids, or the source changed or vanished since the import.
     ConfigError
-        If the suffix is neither `.star` nor `.cs`, or an output would replace a file of the source.
+        If the suffix is neither `.star` nor `.cs`, or an output would replace a file of the source or a
+        group file (`.csg`) that another program wrote.
     """
     import_dir, output = Path(import_dir), Path(output)
     kind = KINDS.get(output.suffix.lower())
@@ -77,6 +78,9 @@ def export_particles(import_dir: Path, output: Path, subset: Path | NDArray[Any]
             raise ConfigError(
                 f"-o {output}: {file} is a file the particles were imported from; choose another name"
             )
+    group = output.with_suffix(".csg") if kind == "cs" else None
+    if group is not None and group.exists() and cs.GROUP_DESCRIPTION not in group.read_text("utf-8"):
+        raise ConfigError(f"-o {output}: {group} would be replaced, but is not ours; choose another name")
     ids = read_extra(import_dir / PARTICLES, ["particle_id"])["particle_id"]
     keep = np.ones(len(ids), dtype=bool)
     if subset is not None:
@@ -91,8 +95,7 @@ def export_particles(import_dir: Path, output: Path, subset: Path | NDArray[Any]
     else:
         particles = _with_source_paths(read_particles(import_dir), info).take(keep)
         (write_cs if kind == "cs" else write_star)(particles, output)
-    if kind == "cs":
-        group = output.with_suffix(".csg")
+    if group is not None:
         cs.write_group(files, group)
         files.append(group)
     log.info("%d of %d particles written to %s", int(keep.sum()), len(ids), output)

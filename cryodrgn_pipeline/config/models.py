@@ -234,7 +234,7 @@ class Dataset(Section):
         None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
     )
     mask: PathText | None = Field(
-        None, description="soft mask (.mrc, in the stack's box) for the FSC; null = from the map"
+        None, description="soft mask (.mrc) for the FSC, in any box; null = from the map"
     )
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())

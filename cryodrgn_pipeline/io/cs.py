@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NUMPY_MAGIC = b"\x93NUMPY"
 CSDAT_MAGIC = b"\x95CSDAT"
 EXAMPLES = 3
+GROUP_DESCRIPTION = "Particles chosen with cryodrgn-pipeline"
 NUMBERED_SLOTS = {"alignments_class_": "alignments3D", "components_mode_": "components"}
 """Slots of several in one file, such as alignments_class_0, and what kind each is."""
 
@@ -223,7 +224,7 @@ def write_group(files: Sequence[Path], output: Path) -> None:
     group = {
         "created": datetime.datetime.now(datetime.UTC).replace(tzinfo=None),
         "group": {
-            "description": "Particles chosen with cryodrgn-pipeline",
+            "description": GROUP_DESCRIPTION,
             "name": "particles",
             "title": "Particles",
             "type": "particle",
