@@ -27,12 +27,12 @@ def write_ids(path: Path, particle_id: NDArray[Any]) -> None:
 
 
 def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:
-    """The ids of an id file as the kind of id that `like` holds (uint64 or str), each once.
+    """The ids of an id file, in its order, as the kind of id that `like` holds (uint64 or str).
 
     Blank lines are passed over. Raises `InputFormatError` when the file is missing, empty or no text, or
     names something else than cryoSPARC uids where those are needed.
     """
-    ids: NDArray[Any] = _read(path, like).unique().to_numpy(zero_copy_only=False)
+    ids: NDArray[Any] = _read(path, like).to_numpy(zero_copy_only=False)
     return ids
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.io.ids import is_in, read_ids
-from cryodrgn_pipeline.io.runs import Columns, read_columns, read_latents
+from cryodrgn_pipeline.io.runs import Columns, latents_of, read_columns, read_latent_columns
 from cryodrgn_pipeline.landscape.expression import evaluate_condition, unknown_column
 
 ANALYSE_FIRST = "run `cryodrgn-pipeline analyze RUN` first"
@@ -86,8 +86,8 @@ def run_columns(run: Path) -> Columns:
         If a table is damaged or the analysis is that of other particles.
     """
     run = Path(run)
-    latents = read_latents(run)
-    columns = read_columns(run / "latent.parquet", "train first")
+    columns = read_latent_columns(run)
+    latents = latents_of(columns, run / "latent.parquet")
     columns["norm"] = np.linalg.norm(latents.z.astype(np.float64), axis=1)
     analysed = run / "analysis" / "particles.parquet"
     if analysed.is_file():
