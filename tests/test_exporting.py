@@ -228,10 +228,23 @@ def test_a_subset_that_does_not_fit_is_refused(tmp_path: Path, lines: list[str],
 
 def test_lines_that_are_no_uid_are_refused(tmp_path: Path) -> None:
     import_particles(write_cryosparc(tmp_path / "p.cs"), tmp_path / "import", METADATA_ONLY)
-    with pytest.raises(InputFormatError, match=r"2 of 3 lines are no cryoSPARC uid, such as 'abc'"):
-        export_particles(
-            tmp_path / "import", tmp_path / "out.cs", subset_file(tmp_path, [2**63, "abc", 2**64])
-        )
+    lines = [2**63, "abc", 2**64, "0x10", "+5", "\u0663"]  # the last is a digit of another script
+    with pytest.raises(InputFormatError, match=r"5 of 6 lines are no cryoSPARC uid, such as 'abc'"):
+        export_particles(tmp_path / "import", tmp_path / "out.cs", subset_file(tmp_path, lines))
+    with pytest.raises(InputFormatError, match=r"1 of 1 lines are no cryoSPARC uid"):
+        export_particles(tmp_path / "import", tmp_path / "out.cs", subset_file(tmp_path, [2**64]))
+
+
+def test_an_id_file_may_repeat_ids_and_hold_blank_lines_but_must_be_text(tmp_path: Path) -> None:
+    whole = import_particles(write_relion(tmp_path / "p.star"), tmp_path / "import", METADATA_ONLY)
+    second = whole.particle_id[1]
+    ids = tmp_path / "ids.txt"
+    ids.write_bytes(f"\r\n  {second} \r\n\t\r\n{second}\r\n".encode())
+    assert export_particles(tmp_path / "import", tmp_path / "out.star", ids).particles == 1
+    for content in (b"\xff\xfe\x00", b" \n\t\n"):
+        ids.write_bytes(content)
+        with pytest.raises(InputFormatError, match="not a text file|names no particle"):
+            export_particles(tmp_path / "import", tmp_path / "out.star", ids)
 
 
 def test_a_missing_subset_file_and_another_suffix_are_refused(tmp_path: Path) -> None:

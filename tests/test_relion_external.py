@@ -282,6 +282,31 @@ def test_a_failed_step_is_named_in_run_err(project: Path) -> None:
     assert exit_files(job) == {"RELION_JOB_EXIT_FAILURE"}
 
 
+def test_a_real_refinement_comes_back_row_by_row(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("relion31.star", "relion31.mrcs"):
+        shutil.copy(shared_data / name, tmp_path)
+    words = SMALL.replace("clusters 3", "clusters 2") + " --volumes.source decoder --j 1"
+    code, out, err = finished(f"--o External/job001/ --in_parts relion31.star {words}", tmp_path)
+    assert code == 0, out + err
+    job = tmp_path / "External" / "job001"
+    assert exit_files(job) == {"RELION_JOB_EXIT_SUCCESS"}
+    rows = [line for line in (tmp_path / "relion31.star").read_text().splitlines() if "@" in line]
+    parts = [path.read_text().splitlines() for path in sorted(job.glob("cluster_???.star"))]
+    assert sorted(line for part in parts for line in part if "@" in line) == sorted(rows)
+
+
+def test_a_contradicted_convention_fails_the_job_with_its_remedy(project: Path) -> None:
+    table = starfile.read(project / "particles.star")
+    for name in ("rlnOriginXAngst", "rlnOriginYAngst"):
+        table["particles"][name] *= -1
+    starfile.write(table, project / "negated.star")
+    words = SMALL.replace("--consensus.check off", "--consensus.check stop")
+    code, _, err = finished(f"--o External/job024/ --in_parts negated.star {words} --j 1", project)
+    assert code == 1
+    assert "negate_shifts" in err
+    assert exit_files(project / "External" / "job024") == {"RELION_JOB_EXIT_FAILURE"}
+
+
 def test_without_a_folder_nothing_is_written(project: Path) -> None:
     before = set(project.iterdir())
     code, _, err = finished("--in_parts particles.star", project)

@@ -211,8 +211,8 @@ def reported(control: Path) -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
-        (control / ABORT_NOW).unlink(missing_ok=True)
         (control / outcome).touch()
+        (control / ABORT_NOW).unlink(missing_ok=True)
         for number, handler in former.items():
             signal.signal(number, handler)
 
@@ -260,14 +260,14 @@ def run_states(job: ExternalJob, lock: int) -> None:
 
 def _reasons(logs: Path, since: float) -> str:
     """What the logs of failed steps say, for run.err; the whole is in run.out."""
-    lines = [
-        f"{path.relative_to(logs).with_suffix('')}: {line.removeprefix('error: ')}"
-        for path in sorted(logs.rglob("*.log"))
-        if path.stat().st_mtime >= since
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.startswith("error: ")
-    ]
-    return "; ".join(lines) or f"see run.out and {logs}"
+    found = []
+    for path in sorted(logs.rglob("*.log")):
+        if path.stat().st_mtime >= since:
+            text = "\n" + path.read_text(encoding="utf-8", errors="replace")
+            _, error, reason = text.rpartition("\nerror: ")
+            if error:
+                found.append(f"{path.relative_to(logs).with_suffix('')}: {reason.strip()}")
+    return "\n".join(found) or f"see run.out and {logs}"
 
 
 def write_nodes(path: Path, states: Sequence[State]) -> None:
