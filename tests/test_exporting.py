@@ -243,7 +243,7 @@ def test_an_id_file_may_repeat_ids_and_hold_blank_lines_but_must_be_text(tmp_pat
     assert export_particles(tmp_path / "import", tmp_path / "out.star", ids).particles == 1
     for content in (b"\xff\xfe\x00", b" \n\t\n"):
         ids.write_bytes(content)
-        with pytest.raises(InputFormatError, match="not a text file|names no particle"):
+        with pytest.raises(InputFormatError, match=r"not a text file|names no particle"):
             export_particles(tmp_path / "import", tmp_path / "out.star", ids)
 
 
