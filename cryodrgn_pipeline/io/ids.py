@@ -22,18 +22,7 @@ NEVER = "\x1f"  # a separator of columns that no id holds
 def write_ids(path: Path, particle_id: NDArray[Any]) -> None:
     """Write ids, one per line, atomically."""
     with replacing(path) as temporary:
-        lines = "".join([f"{identity}\n" for identity in particle_id.tolist()])
-        temporary.write_text(lines, encoding="utf-8")
-
-
-def read_ids(path: Path, like: NDArray[Any]) -> NDArray[Any]:
-    """The ids of an id file, in its order, as the kind of id that `like` holds (uint64 or str).
-
-    Blank lines are passed over. Raises `InputFormatError` when the file is missing, empty or no text, or
-    names something else than cryoSPARC uids where those are needed.
-    """
-    ids: NDArray[Any] = _read(path, like).to_numpy(zero_copy_only=False)
-    return ids
+        temporary.write_text("\n".join([*map(str, particle_id.tolist()), ""]), encoding="utf-8")
 
 
 def read_id_rows(path: Path, known: NDArray[Any], where: str) -> NDArray[np.int64]:
@@ -41,7 +30,7 @@ def read_id_rows(path: Path, known: NDArray[Any], where: str) -> NDArray[np.int6
 
     Raises `InputFormatError` as `read_ids` does, and when an id is not in `known`, which `where` names.
     """
-    return id_rows(_read(path, known), known, where, str(path))
+    return id_rows(read_ids(path, known), known, where, str(path))
 
 
 def id_rows(
@@ -75,7 +64,12 @@ def is_in(ids: NDArray[Any] | pa.Array, among: NDArray[Any] | pa.Array) -> NDArr
     return found
 
 
-def _read(path: Path, like: NDArray[Any]) -> pa.Array:
+def read_ids(path: Path, like: NDArray[Any]) -> pa.Array:
+    """The ids of an id file, in its order, as the kind of id that `like` holds (uint64 or str).
+
+    Blank lines are passed over. Raises `InputFormatError` when the file is missing, empty or no text, or
+    names something else than cryoSPARC uids where those are needed.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv

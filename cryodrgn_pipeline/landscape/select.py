@@ -88,7 +88,7 @@ def run_columns(run: Path) -> Columns:
     run = Path(run)
     columns = read_latent_columns(run)
     latents = latents_of(columns, run / "latent.parquet")
-    columns["norm"] = np.linalg.norm(latents.z.astype(np.float64), axis=1)
+    columns["norm"] = np.sqrt(np.einsum("ij,ij->i", latents.z, latents.z, dtype=np.float64))
     analysed = run / "analysis" / "particles.parquet"
     if analysed.is_file():
         more = read_columns(analysed, ANALYSE_FIRST)
