@@ -102,6 +102,10 @@ def test_the_kl_divergence_agrees_with_torch_distributions():
         {"mask_radius": 0.2},
         {"encoder_mask_radius": 1.2},
         {"encoder_input": "real"},
+        {"encoder_filter": "none"},
+        {"loss": "coloured"},
+        {"encoder": "basis"},
+        {"decoder": "subspace"},
     ],
 )
 def test_an_unknown_architecture_is_refused(wrong):

@@ -20,6 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError, TrainingError
 from cryodrgn_pipeline.fourier.ctf import ctf
+from cryodrgn_pipeline.fourier.rotate import in_plane_angle, turned_half_plane
 from cryodrgn_pipeline.fourier.transforms import centred_fft, half_plane, half_plane_coefficients
 from cryodrgn_pipeline.io.ids import write_ids
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
@@ -28,6 +29,7 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.training import loop
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Interrupted, Trainer
+from cryodrgn_pipeline.training.losses import reconstruction
 from cryodrgn_pipeline.training.run import TrainingRequest, choose_device, split_held_out, train_vae
 from cryodrgn_pipeline.training.settings import TrainingSettings
 from cryodrgn_pipeline.training.state import StopRequest, only_writer
@@ -107,9 +109,14 @@ def test_training_lowers_the_held_out_loss(request_for):
     assert rows[-1]["held_out_reconstruction"] < rows[0]["held_out_reconstruction"]
 
 
-def test_an_interrupted_training_resumes_to_the_same_weights_and_metrics(request_for, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"frequency_marching": 2, "model": replace(MODEL, loss="whitened", encoder_filter="wiener")}],
+)
+def test_an_interrupted_training_resumes_to_the_same_weights_and_metrics(request_for, monkeypatch, options):
     monkeypatch.setattr("cryodrgn_pipeline.training.data.READ_ROWS", 8)
-    whole, broken = request_for(), request_for(run=request_for().run.with_name("broken"))
+    whole = request_for(**options)
+    broken = replace(whole, run=whole.run.with_name("broken"))
     train_vae(whole)
     take_step, steps = Trainer._step, []
 
@@ -196,7 +203,7 @@ def test_images_from_memory_and_from_disk_are_the_same(tiny_set, encoder_input):
     kept = trainer_on(tiny_set / "stack", model=model).data.batch(rows)
     read = trainer_on(tiny_set / "stack", model=model, in_memory=False).data.batch(rows)
     torch.testing.assert_close(kept.coefficients, read.coefficients)
-    torch.testing.assert_close(kept.flipped, read.flipped)
+    torch.testing.assert_close(kept.seen, read.seen)
     assert torch.equal(kept.ctf, read.ctf)
 
 
@@ -207,14 +214,108 @@ def test_the_encoder_reads_phase_flipped_images():
     batch = data.batch(np.arange(2))
     assert (batch.ctf < 0).any()
     assert (batch.ctf > 0).any()
-    torch.testing.assert_close(batch.flipped, batch.coefficients * batch.ctf.sign())
+    torch.testing.assert_close(batch.seen, batch.coefficients * batch.ctf.sign())
+
+
+def coloured_recordings() -> SimpleNamespace:
+    """Recordings of two optics groups whose noise spectra differ."""
+    stack = turned_recordings([0.0, 35.0, 100.0, 250.0])
+    shell = np.arange(17.0)
+    optics = replace(stack.particles.optics, optics_group=np.array([3, 3, 7, 7]))
+    stack.particles = replace(stack.particles, optics=optics)
+    stack.noise = {3: 4.0 + shell, 7: 40.0 - 2 * shell}
+    stack.total_power = {group: noise * (1 + 2 / (1 + shell)) for group, noise in stack.noise.items()}
+    stack.path = Path("somewhere")
+    return stack
+
+
+def test_a_whitened_loss_divides_by_the_noise_of_the_optics_group_and_keeps_its_size():
+    stack, model = coloured_recordings(), replace(MODEL, box_size_px=32, loss="whitened")
+    data = TrainingData(stack, np.arange(4), model, in_memory=True, device=torch.device("cpu"))
+    batch, radius = data.batch(np.arange(4)), data.plane.radius.numpy()
+    weight = batch.weights(slice(None), slice(None)).double()
+    total, flat = 0.0, 0.0
+    for row, group in enumerate([3, 3, 7, 7]):
+        noise = torch.from_numpy(np.interp(radius, np.arange(17), stack.noise[group]))
+        power = torch.from_numpy(np.interp(radius, np.arange(17), stack.total_power[group]))
+        torch.testing.assert_close(weight[row] * noise / (weight[0, 0] * 5), torch.ones(len(radius)).double())
+        total, flat = total + (weight[row] * power).sum(), flat + power.sum()
+    torch.testing.assert_close(total, flat)
+    difference = torch.randn(4, len(radius), dtype=torch.complex64)
+    torch.testing.assert_close(
+        reconstruction(
+            batch.coefficients + difference, batch.coefficients, batch.weights(slice(None), slice(4))
+        ),
+        (weight * difference.abs() ** 2).mean(1).float(),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("encoder_input", ["image", "aligned"])
+def test_a_wiener_filter_undoes_the_ctf_as_far_as_the_spectra_allow(encoder_input):
+    stack = coloured_recordings()
+    model = replace(MODEL, box_size_px=32, encoder_input=encoder_input, encoder_mask_radius=0.5)
+    flipping, filtering = (
+        TrainingData(stack, np.arange(4), each, in_memory=True, device=torch.device("cpu"))
+        for each in (model, replace(model, encoder_filter="wiener"))
+    )
+    flipped, filtered = (data.batch(np.arange(4)).seen for data in (flipping, filtering))
+    torch.testing.assert_close(filtered.abs().square().mean(), torch.tensor(1.0))
+    plane = model.encoder_plane()
+    k = torch.stack([plane.kx, plane.ky], dim=-1)
+    everyone = torch.arange(4)
+    squared = filtering._transfer(everyone, k).square()
+    where = k if encoder_input == "image" else turned_half_plane(plane, in_plane_angle(filtering._rotation))
+    transfer = filtering._transfer(everyone, where)
+    gain = torch.empty_like(transfer)
+    for rows in (slice(0, 2), slice(2, 4)):
+        snr = 2 / (1 + plane.radius) / squared[rows].mean(0)
+        gain[rows] = (transfer[rows].abs() / (transfer[rows] ** 2 + 1 / snr)).float()
+    torch.testing.assert_close(filtered * filtering.input_scale, flipped * gain, atol=1e-3, rtol=0.05)
+
+
+def test_a_wiener_filter_that_would_pass_nothing_is_refused():
+    stack = coloured_recordings()
+    stack.total_power[7] = stack.noise[7]
+    model = replace(MODEL, box_size_px=32, encoder_filter="wiener")
+    with pytest.raises(InputFormatError, match="optics group 7 have no more power than their noise"):
+        TrainingData(stack, np.arange(4), model, in_memory=True, device=torch.device("cpu"))
+
+
+def test_marching_starts_at_a_quarter_of_the_radius_and_ends_at_the_whole(tiny_set):
+    trainer = trainer_on(tiny_set / "stack", replace(SETTINGS, frequency_marching=2))
+    radius, batches = trainer.data.plane.radius, 5  # 80 images, 16 at a time
+    counts = []
+    for trainer.progress.step in range(2 * batches + 1):
+        counts.append(trainer.points_in_disc())
+    assert counts[0] == int((radius <= radius.max() / 4).sum())
+    assert counts == sorted(counts)
+    assert counts[5] == int((radius <= radius.max() * 0.625).sum())
+    assert counts[-2] < counts[-1] == len(radius)
+    assert trainer_on(tiny_set / "stack").points_in_disc() == len(radius)
+
+
+def test_marching_draws_its_share_of_the_coordinates_inside_the_disc(tiny_set, monkeypatch):
+    trainer = trainer_on(tiny_set / "stack", replace(SETTINGS, frequency_marching=2))
+    seen, piece = [], Trainer._backward_piece
+    monkeypatch.setattr(
+        Trainer,
+        "_backward_piece",
+        lambda self, b, p, points, z: seen.append(points) or piece(self, b, p, points, z),
+    )
+    trainer.progress.step = 4
+    inside = trainer.points_in_disc()
+    trainer._step(trainer.data.batch(np.arange(4)))
+    assert len(set(seen[0].tolist())) == round(0.5 * inside)
+    assert max(seen[0].tolist()) < inside < len(trainer.data.plane)
 
 
 def test_the_encoder_can_read_low_frequencies_only(tiny_set):
     model = replace(MODEL, encoder_input="image", encoder_mask_radius=0.5)
     data = trainer_on(tiny_set / "stack", model=model).data
     batch, inner = data.batch(np.arange(9)), data.plane.radius <= 4
-    torch.testing.assert_close(batch.flipped.abs(), batch.coefficients[:, inner].abs())
+    torch.testing.assert_close(batch.seen.abs(), batch.coefficients[:, inner].abs())
 
 
 def turned_recordings(angles_deg: list[float]) -> SimpleNamespace:
@@ -265,14 +366,14 @@ def test_the_encoder_sees_the_same_aligned_image_however_it_lay_in_its_plane():
     stack = turned_recordings([0.0, 35.0, 100.0, 250.0])
     model = replace(MODEL, box_size_px=32, encoder_mask_radius=0.5)
     data = TrainingData(stack, np.arange(4), model, in_memory=True, device=torch.device("cpu"))
-    flipped = data.batch(np.arange(4)).flipped
-    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    seen = data.batch(np.arange(4)).seen
+    spread = (seen - seen[0]).abs().square().sum(1) / seen[0].abs().square().sum()
     assert spread.max() < 0.01
     as_they_are = TrainingData(
         stack, np.arange(4), replace(model, encoder_input="image"), in_memory=True, device=torch.device("cpu")
     )
-    flipped = as_they_are.batch(np.arange(4)).flipped
-    spread = (flipped - flipped[0]).abs().square().sum(1) / flipped[0].abs().square().sum()
+    seen = as_they_are.batch(np.arange(4)).seen
+    spread = (seen - seen[0]).abs().square().sum(1) / seen[0].abs().square().sum()
     assert spread[1:].min() > 0.1
 
 
@@ -333,7 +434,7 @@ def test_the_pieced_gradient_is_that_of_the_written_loss(tiny_set):
     trainer._step(batch)
     ours = [p.grad.clone() for p in trainer.vae.parameters()]
     fresh = trainer_on(tiny_set / "stack")
-    mean, log_variance = fresh.vae.encode(batch.flipped)
+    mean, log_variance = fresh.vae.encode(batch.seen)
     draws = torch.Generator().manual_seed(loop._mix(SETTINGS.seed, 0))
     noise = torch.randn(mean.shape, generator=draws)
     z = mean + noise * torch.exp(0.5 * log_variance)
@@ -424,7 +525,13 @@ def test_cuda_without_a_gpu_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("learning_rate", 0.0), ("coordinate_fraction", 1.5), ("held_out_fraction", 1)],
+    [
+        ("epochs", 0),
+        ("frequency_marching", -1),
+        ("learning_rate", 0.0),
+        ("coordinate_fraction", 1.5),
+        ("held_out_fraction", 1),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_option_name(name, value):
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):

@@ -22,8 +22,12 @@ def train(
         str, typer.Option(help="What the vae's encoder reads: subspace (posterior in it) or image.")
     ] = "subspace",
     decoder: Annotated[
-        str, typer.Option(help="What the vae draws with: basis (maps of the subspace) or mlp (cryoDRGN's).")
-    ] = "basis",
+        str,
+        typer.Option(
+            help="What the vae draws with: kernel or basis (maps in the subspace, weighed by a kernel's "
+            "functions or by a network), or mlp (a coordinate network)."
+        ),
+    ] = "kernel",
     latent_dim: Annotated[int, typer.Option(min=1, help="Size of z.")] = 8,
     subset: Annotated[
         Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
@@ -31,7 +35,15 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the particles.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
-    beta: Annotated[str, typer.Option(help="Weight of the KL divergence; auto is 1/latent-dim.")] = "auto",
+    beta: Annotated[
+        str,
+        typer.Option(
+            help="Weight of the KL divergence; auto: 1/latent-dim, or 2 where the subspace is the start."
+        ),
+    ] = "auto",
+    loss: Annotated[
+        str, typer.Option(help="Noise in the loss: white, or whitened (spectrum of each optics group).")
+    ] = "white",
     encoder_layers: Annotated[int, typer.Option(min=1)] = 3,
     encoder_width: Annotated[int, typer.Option(min=1)] = 1024,
     encoder_type: Annotated[str, typer.Option(help="resid or mlp.")] = "resid",
@@ -52,12 +64,21 @@ def train(
     encoder_input: Annotated[
         str, typer.Option(help="aligned: images turned so that the in-plane angle is 0; image: as they are.")
     ] = "aligned",
+    encoder_filter: Annotated[
+        str, typer.Option(help="What undoes the CTF before the encoder reads: phase-flip or wiener.")
+    ] = "phase-flip",
     coordinate_fraction: Annotated[
         float,
         typer.Option(
             help="Share of the frequencies, drawn anew for each update, on which the loss is taken."
         ),
     ] = 1.0,
+    frequency_marching: Annotated[
+        int,
+        typer.Option(
+            help="Epochs over which the disc of the loss grows from a quarter of its radius; 0: none."
+        ),
+    ] = 0,
     held_out_fraction: Annotated[
         float, typer.Option(help="Share of the particles that only measure.")
     ] = 0.05,
@@ -84,16 +105,27 @@ def train(
     Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
     checkpoint and ends; the same command with --resume goes on, to the same result.
 
-    The subspace and the default model take --latent-dim, --subset, --held-out-fraction, --seed and --threads;
-    the other options are those of --encoder image --decoder mlp.
+    The subspace and the default model take --latent-dim, --subset, --seed and --threads; --decoder basis
+    also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch. Then
+    --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius, --loss,
+    --coordinate-fraction and --frequency-marching are for --decoder mlp.
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
-    expected = {"method": ("vae", "subspace"), "encoder": ("subspace", "image"), "decoder": ("basis", "mlp")}
+    expected = {
+        "method": ("vae", "subspace"),
+        "encoder": ("subspace", "image"),
+        "decoder": ("kernel", "basis", "mlp"),
+    }
     for name, value in (("method", method), ("encoder", encoder), ("decoder", decoder)):
         if value not in expected[name]:
             raise ConfigError(f"--{name} {value}: expected {' or '.join(expected[name])}")
-    if method == "subspace" or (encoder, decoder) == ("subspace", "basis"):
+    if method == "vae" and (encoder, decoder) == ("image", "kernel"):
+        raise ConfigError(
+            "--encoder image goes with --decoder basis or mlp: a kernel's functions are those of the place "
+            "in the subspace (--encoder subspace)"
+        )
+    if method == "subspace" or (encoder == "subspace" and decoder != "mlp"):
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
         train_subspace(
@@ -102,7 +134,7 @@ def train(
                 run=run,
                 subset=subset,
                 latent_dim=latent_dim,
-                nonlinear=method == "vae",
+                decoder="linear" if method == "subspace" else decoder,
                 held_out_fraction=held_out_fraction,
                 seed=seed,
                 threads=threads,
@@ -110,10 +142,6 @@ def train(
         )
         typer.echo(run / "latent.parquet")
         return
-    if (encoder, decoder) != ("image", "mlp"):
-        raise ConfigError(
-            f"--encoder {encoder} goes with --decoder {'basis' if encoder == 'subspace' else 'mlp'}"
-        )
     if beta != "auto":
         try:
             float(beta)
@@ -131,6 +159,7 @@ def train(
         learning_rate=learning_rate,
         beta=None if beta == "auto" else float(beta),
         coordinate_fraction=coordinate_fraction,
+        frequency_marching=frequency_marching,
         held_out_fraction=held_out_fraction,
         checkpoint_every_epochs=checkpoint_every_epochs,
         checkpoint_every_minutes=checkpoint_every_minutes,
@@ -155,6 +184,10 @@ def train(
             mask_radius=mask_radius,
             encoder_mask_radius=encoder_mask_radius,
             encoder_input=encoder_input,
+            encoder_filter=encoder_filter,
+            loss=loss,
+            encoder=encoder,
+            decoder=decoder,
             seed=seed,
         )
     except ValueError as error:
@@ -169,6 +202,37 @@ def train(
         typer.echo(f"stopped and saved; go on with the same command and --resume ({stopped})", err=True)
         raise typer.Exit(128 + stopped.signal_number) from None
     typer.echo(run / "latent.parquet")
+
+
+@app.command("encode", rich_help_panel=MODEL)
+def encode(
+    run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")],
+    stack: Annotated[Path, typer.Argument(help="Stack folder of other particles of the same kind.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    subset: Annotated[
+        Path | None, typer.Option(help="Only these particles: a file of ids, one a line.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+) -> None:
+    """Place particles of another stack in the latent space of a trained model, without training.
+
+    Writes latent.parquet with the columns of train, a copy of the model and run.json: a folder that analyze,
+    volumes, select and report read. The images may have another grey scale and other noise; they need poses
+    in the same frame, and the box of the model in pixels.
+
+    Example: cryodrgn-pipeline encode runs/first stack_new_128 -o runs/first_new
+    """
+    import torch
+
+    from cryodrgn_pipeline.encoding import EncodeRequest
+    from cryodrgn_pipeline.encoding import encode as place
+    from cryodrgn_pipeline.training.run import choose_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place(EncodeRequest(run=run, stack=stack, subset=subset, output=output), choose_device(device))
+    typer.echo(output / "latent.parquet")
 
 
 @app.command("volumes", rich_help_panel=MODEL)

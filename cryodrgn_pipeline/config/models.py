@@ -67,7 +67,7 @@ class Consensus(Section):
 
 
 class Train(Section):
-    """The latent model and its training; what is said of encoder, decoder and epochs is the vae's."""
+    """The latent model and its training; the default takes latent_dim and seed only."""
 
     method: Literal["vae", "subspace"] = Field(
         "vae", description="vae, or subspace: linear; takes latent_dim and seed only"
@@ -75,15 +75,19 @@ class Train(Section):
     encoder: Literal["subspace", "image"] = Field(
         "subspace", description="what the vae's encoder reads: the posterior in the subspace, or the image"
     )
-    decoder: Literal["basis", "mlp"] = Field(
-        "basis", description="basis: maps of the subspace, in minutes; mlp: cryoDRGN's, with encoder image"
+    decoder: Literal["kernel", "basis", "mlp"] = Field(
+        "kernel",
+        description="maps in the subspace by a kernel or by a network (basis); mlp: a coordinate network",
     )
     latent_dim: Count = Field(8, description="dimensions of z")
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
     batch_size: Count = Field(16, description="images per step")
     learning_rate: Positive = Field(1e-4, description="of Adam; YAML wants the point in 1.0e-4")
     beta: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
-        "auto", description="weight of the prior on z; auto = 1 / latent_dim"
+        "auto", description="weight of the prior on z; auto = 1 / latent_dim, or 2 from the subspace"
+    )
+    loss: Literal["white", "whitened"] = Field(
+        "white", description="noise in the mlp's loss: white, or the spectrum of each optics group"
     )
     encoder_layers: Count = Field(3, description="hidden layers of the encoder")
     encoder_width: Count = Field(1024, description="their width; 256 for a first look without a GPU")
@@ -102,8 +106,14 @@ class Train(Section):
     encoder_input: Literal["aligned", "image"] = Field(
         "aligned", description="images turned to in-plane angle 0 for the encoder, or as they are"
     )
+    encoder_filter: Literal["phase-flip", "wiener"] = Field(
+        "phase-flip", description="what undoes the CTF before the encoder reads"
+    )
     coordinate_fraction: Fraction = Field(
         1.0, description="random part of the frequencies used per step; below 1 is faster"
+    )
+    frequency_marching: Annotated[int, Field(ge=0)] = Field(
+        0, description="epochs over which the disc of the mlp's loss grows to its radius; 0 = none"
     )
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="particles kept from training, to watch for overfitting"

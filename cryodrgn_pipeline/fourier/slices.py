@@ -115,6 +115,25 @@ def extract_slices(grid: Tensor, coordinates: Tensor, padding: int = PADDING) ->
     return torch.where(mirrored, sample.conj(), sample)
 
 
+def extract_columns(columns: Tensor, grid_size: int, coordinates: Tensor, padding: int = PADDING) -> Tensor:
+    """`extract_slices` of K spectra at the same frequencies, whose corners are found once.
+
+    Parameters
+    ----------
+    columns, grid_size
+        `(E · E · (E/2+1), K)` complex, one spectrum a column, and E.
+    coordinates
+        `(B, P, 3)` as for `extract_slices`.
+
+    Returns
+    -------
+    `(B, P, K)` complex.
+    """
+    index, weight, mirrored = _corners(coordinates, grid_size, padding)
+    sample = (columns[index] * weight[..., None]).sum(dim=-2)
+    return torch.where(mirrored[..., None], sample.conj(), sample)
+
+
 def splat_slices(values: Tensor, coordinates: Tensor, grid_size: int, padding: int = PADDING) -> Tensor:
     """The exact adjoint of `extract_slices`: spread `(B, P)` values over the 8 grid points around each.
 

@@ -8,12 +8,17 @@ the images again.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cryodrgn_pipeline.fourier.slices import resample_volume
+from cryodrgn_pipeline.models.encoder import Reading
+from cryodrgn_pipeline.models.subspace import Subspace
+
+if TYPE_CHECKING:
+    from cryodrgn_pipeline.models.from_subspace import ImageBasisVae
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +80,16 @@ def _network(inputs: int, outputs: int, width: int) -> nn.Sequential:
 class BasisModel:
     """The network with its maps: `maps` `(R, D, D, D)` float32 in the grey scale of the images.
 
-    `turn` `(J+1, R)` takes the network's factors to those of the maps.
+    `turn` `(J+1, R)` takes the network's factors to those of the maps. `subspace` places new images;
+    `reading` is how an encoder of images reads them (None: it reads their place in the subspace).
     """
 
-    vae: BasisVae
+    vae: BasisVae | ImageBasisVae
     maps: Tensor
     turn: Tensor
     pixel_size_a: float
+    subspace: Subspace | None = None
+    reading: Reading | None = None
 
     @property
     def box_size_px(self) -> int:

@@ -1,12 +1,24 @@
-"""The encoder: one phase-flipped image's half-plane coefficients in, a Gaussian over the latent out."""
+"""The encoder: one image's filtered half-plane coefficients in, a Gaussian over the latent out."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cryodrgn_pipeline.models.layers import HiddenLayers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What images are divided by before an encoder reads them: `scale`, σ of their coefficients, and
+    `input_scale`, the root mean square of what its Wiener filter gives (1 without one).
+    """
+
+    scale: float
+    input_scale: float = 1.0
 
 
 class ImageEncoder(nn.Module):
@@ -26,9 +38,9 @@ class ImageEncoder(nn.Module):
         self.hidden = HiddenLayers(width, depth, residual=residual)
         self.last = nn.Linear(width, 2 * latent_dim)
 
-    def forward(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """`(B, P)` complex phase-flipped coefficients → mean `(B, z)` and log-variance `(B, z)`."""
-        hartley = torch.cat([flipped.real - flipped.imag, flipped.real + flipped.imag], dim=-1)  # H(k), H(−k)
+    def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, P)` complex filtered coefficients → mean `(B, z)` and log-variance `(B, z)`."""
+        hartley = torch.cat([seen.real - seen.imag, seen.real + seen.imag], dim=-1)  # H(k), H(−k)
         features = self.hidden(functional.relu_(self.first(hartley)))
         mean, log_variance = self.last(features).chunk(2, dim=-1)
         return mean, log_variance

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.models.basis import combined
+from cryodrgn_pipeline.models.subspace import Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,7 @@ class LinearModel:
 
     Of `latent_dim` coordinates the first J carry signal, with standard deviations `spread` `(J,)`; the others
     are 0 everywhere. Squares and products of the first `curved` bend the path that the density takes.
+    `subspace` places new images.
     """
 
     maps: Tensor
@@ -23,6 +25,7 @@ class LinearModel:
     latent_dim: int
     curved: int
     pixel_size_a: float
+    subspace: Subspace | None = None
 
     def __post_init__(self) -> None:
         expected = 1 + self.components + self.curved * (self.curved + 1) // 2

@@ -20,9 +20,12 @@ POINTS_AT_ONCE = {"cpu": 16_384, "cuda": 1_000_000}
 class VaeConfig:
     """Everything that fixes the architecture; it is stored with the weights.
 
-    `mask_radius` and `encoder_mask_radius` (default: the same) are the discs of frequencies that the loss
-    and the encoder see, as fractions of Nyquist. `encoder_input`: the image as it is, or turned in its plane
-    so that the known in-plane angle is 0 ("aligned") and the encoder need not learn what a turn does.
+    `encoder` reads the image, or its posterior in the subspace; `decoder` draws with a coordinate network,
+    or with the maps of the subspace. `mask_radius` and `encoder_mask_radius` (default: the same) are the
+    discs of frequencies that the loss and the encoder see, as fractions of Nyquist. `encoder_input`: the
+    image as it is, or turned in its plane so that the known in-plane angle is 0 ("aligned") and the encoder
+    need not learn what a turn does. `encoder_filter`: what undoes the CTF before the encoder reads. `loss`:
+    the noise is taken as white, or as coloured like the spectrum of each optics group (whitened).
     """
 
     box_size_px: int
@@ -38,20 +41,26 @@ class VaeConfig:
     mask_radius: float = 1.0
     encoder_mask_radius: float | None = None
     encoder_input: str = "aligned"
+    encoder_filter: str = "phase-flip"
+    loss: str = "white"
+    encoder: str = "image"
+    decoder: str = "mlp"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("encoder", self.encoder_type), ("decoder", self.decoder_type)):
-            if value not in ("mlp", "resid"):
-                raise ValueError(f"{name} type {value!r} is neither 'mlp' nor 'resid'")
-        if self.positional_encoding not in ("gaussian", "geometric"):
-            raise ValueError(
-                f"positional encoding {self.positional_encoding!r} is neither 'gaussian' nor 'geometric'"
-            )
-        if self.domain not in ("fourier", "hartley"):
-            raise ValueError(f"domain {self.domain!r} is neither 'fourier' nor 'hartley'")
-        if self.encoder_input not in ("image", "aligned"):
-            raise ValueError(f"encoder input {self.encoder_input!r} is neither 'image' nor 'aligned'")
+        for name, value, one, other in (
+            ("encoder", self.encoder, "image", "subspace"),
+            ("decoder", self.decoder, "mlp", "basis"),
+            ("encoder type", self.encoder_type, "mlp", "resid"),
+            ("decoder type", self.decoder_type, "mlp", "resid"),
+            ("positional encoding", self.positional_encoding, "gaussian", "geometric"),
+            ("domain", self.domain, "fourier", "hartley"),
+            ("encoder input", self.encoder_input, "image", "aligned"),
+            ("encoder filter", self.encoder_filter, "phase-flip", "wiener"),
+            ("loss", self.loss, "white", "whitened"),
+        ):
+            if value not in (one, other):
+                raise ValueError(f"{name} {value!r} is neither {one!r} nor {other!r}")
         one_shell = 2 / self.box_size_px
         for whose, radius, most in (
             ("loss's", self.mask_radius, 1.0),
@@ -77,6 +86,16 @@ class VaeConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreyReference:
+    """What tells the grey scale of other images: `gain`, by which the images of the training exceed the map
+    at `z`, by least squares.
+    """
+
+    z: tuple[float, ...]
+    gain: float
+
+
 class Vae(nn.Module):
     """cryoDRGN's model (Zhong et al., Nature Methods 18, 176, 2021): image encoder, coordinate decoder."""
 
@@ -85,27 +104,12 @@ class Vae(nn.Module):
         self.config = config
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(config.seed)  # layers draw their start from the global generator
-            self.encoder = ImageEncoder(
-                len(config.encoder_plane()),
-                config.latent_dim,
-                width=config.encoder_width,
-                depth=config.encoder_layers,
-                residual=config.encoder_type == "resid",
-            )
-            self.decoder = CoordinateDecoder(
-                config.box_size_px,
-                config.latent_dim,
-                width=config.decoder_width,
-                depth=config.decoder_layers,
-                residual=config.decoder_type == "resid",
-                encoding=config.positional_encoding,
-                domain=config.domain,
-                generator=torch.Generator().manual_seed(config.seed),
-            )
+            self.encoder = image_encoder(config)
+            self.decoder = coordinate_decoder(config)
 
-    def encode(self, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of z from `(B, P)` complex phase-flipped coefficients at `encoder_plane`."""
-        mean, log_variance = self.encoder(flipped)
+    def encode(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of z from `(B, P)` complex filtered coefficients at `encoder_plane`."""
+        mean, log_variance = self.encoder(seen)
         return mean, log_variance
 
     def decode_slices(self, coordinates: Tensor, z: Tensor, ctf: Tensor) -> Tensor:
@@ -114,18 +118,43 @@ class Vae(nn.Module):
         return slices
 
 
-def decoded_density(vae: Vae, z: Tensor, box_size_px: int) -> Tensor:
+def image_encoder(config: VaeConfig) -> ImageEncoder:
+    """An encoder of images, its weights drawn from the global generator."""
+    return ImageEncoder(
+        len(config.encoder_plane()),
+        config.latent_dim,
+        width=config.encoder_width,
+        depth=config.encoder_layers,
+        residual=config.encoder_type == "resid",
+    )
+
+
+def coordinate_decoder(config: VaeConfig) -> CoordinateDecoder:
+    """A coordinate network, its weights drawn from the global generator."""
+    return CoordinateDecoder(
+        config.box_size_px,
+        config.latent_dim,
+        width=config.decoder_width,
+        depth=config.decoder_layers,
+        residual=config.decoder_type == "resid",
+        encoding=config.positional_encoding,
+        domain=config.domain,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def decoded_density(decoder: CoordinateDecoder, config: VaeConfig, z: Tensor, box_size_px: int) -> Tensor:
     """The density `(d, d, d)` at z `(latent_dim,)`, in the decoder's own scale, on the CPU.
 
     The decoder is asked at k and −k and the Hermitian mean is taken.
     """
-    full = vae.config.box_size_px
-    device = next(vae.parameters()).device
-    points = half_ball(box_size_px, min(box_size_px / 2, vae.config.mask_radius * full / 2))
+    full = config.box_size_px
+    device = next(decoder.parameters()).device
+    points = half_ball(box_size_px, min(box_size_px / 2, config.mask_radius * full / 2))
     coordinates = points.flip(1).to(device, torch.float32) / full
     latent = z.to(device)[None].expand(2, -1)
     values = []
     for part in torch.split(coordinates, POINTS_AT_ONCE[device.type]):
-        both = vae.decoder(torch.stack([part, -part]), latent)
+        both = decoder(torch.stack([part, -part]), latent)
         values.append((both[0] + both[1].conj()) / 2)
     return density_from_half_ball(torch.cat(values).cpu(), points, box_size_px)

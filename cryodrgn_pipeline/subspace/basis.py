@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae, posterior_features
-from cryodrgn_pipeline.subspace.em import SubspaceSettings, accumulate, component_shares, look
+from cryodrgn_pipeline.subspace.em import (
+    LevelState,
+    SubspaceSettings,
+    accumulate,
+    component_shares,
+    look,
+)
 from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.poses import PoseOffsets
+from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.subspace.solve import solve
 
 log = logging.getLogger(__name__)
@@ -33,8 +41,8 @@ SAMPLES = 8  # of z, for the moments of the factors
 @dataclass(slots=True)
 class Seen:
     """What N images say, per image: encoder features `(N, 2J)`, `gram` `(N, J+1, J+1)` and `inner` `(N, J+1)`
-    at the image's contrast, `power` `(N,)`, and `known` `(N,)`, twice the log likelihood that its pose offset
-    gains; float32.
+    at the image's contrast, `power` `(N,)` of so many `coefficients`, and `known` `(N,)`, twice the log
+    likelihood that its pose offset gains; float32.
     """
 
     features: Tensor
@@ -42,11 +50,21 @@ class Seen:
     inner: Tensor
     power: Tensor
     known: Tensor
+    coefficients: int
+
+    def to(self, device: torch.device | str) -> Seen:
+        """The same on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "coefficients"}
+        return Seen(**tensors, coefficients=self.coefficients)
 
     def gain(self, factors: Tensor, rows: Tensor | slice) -> Tensor:
         """log p(image | factors) over log p(image if it were noise alone), `(B,)`."""
         quadratic = (factors[:, None] @ self.gram[rows] @ factors[..., None])[:, 0, 0]
         return (factors * self.inner[rows]).sum(1) + (self.known[rows] - quadratic) / 2
+
+    def loss(self, factors: Tensor, rows: Tensor | slice) -> Tensor:
+        """What is left of the images' power, per coefficient: 1 where only noise is left, `(B,)`."""
+        return (self.power[rows] - 2 * self.gain(factors, rows)) / self.coefficients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +85,7 @@ def train_basis(
     settings: SubspaceSettings,
     *,
     report: Callable[[str], None] = log.info,
-) -> tuple[BasisVae, BasisLatents]:
+) -> tuple[BasisVae, BasisLatents, Seen]:
     """Train on the particles that are neither held out nor noise; the fit's maps and log go on.
 
     Parameters
@@ -76,6 +94,10 @@ def train_basis(
         A fit whose subspace has `config.components` dimensions; its maps are replaced by the new ones.
     held_out
         `(N,)` bool: images that only measure.
+
+    Returns
+    -------
+    The network, where the images lie, and what they say about the last maps.
     """
     vae = BasisVae(config)
     generator = torch.Generator().manual_seed(config.seed)
@@ -85,7 +107,7 @@ def train_basis(
     optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
     latents = None
     for number in range(ROUNDS):
-        seen = _seen(fit, settings)
+        seen = seen_of(fit.level, fit.known.poses, fit.posterior, settings)
         with _one_thread():
             for step in range(steps):
                 for group in optimiser.param_groups:
@@ -95,15 +117,15 @@ def train_basis(
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-        latents = encoded(vae, seen, fit.level.images.coefficients)
+        latents = encoded(vae, seen)
         fit.history.append(_summary(fit, latents, held_out, number))
         report(
             f"network, round {number + 1} of {ROUNDS}: loss {fit.history[-1]['loss']:.4f}, KL divergence "
             f"{fit.history[-1]['kld']:.2f}, log evidence {fit.history[-1]['evidence']:.2f} an image"
         )
         _solve_maps(fit, vae, latents, learnt, settings, generator)
-    latents = encoded(vae, _seen(fit, settings), fit.level.images.coefficients)
-    return vae, latents
+    seen = seen_of(fit.level, fit.known.poses, fit.posterior, settings)
+    return vae, encoded(vae, seen), seen
 
 
 @contextmanager
@@ -117,9 +139,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _seen(fit: Fit, settings: SubspaceSettings) -> Seen:
-    products, _ = look(fit.level, fit.known.poses, settings)
-    where = fit.posterior
+def seen_of(
+    level: LevelState, poses: PoseOffsets | None, where: Posterior, settings: SubspaceSettings
+) -> Seen:
+    """What images that lie there say about the maps of a level: one pass."""
+    products, _ = look(level, poses, settings)
     squared = where.scale**2 + where.scale_variance
     return Seen(
         features=posterior_features(where.z, where.covariance),
@@ -127,6 +151,7 @@ def _seen(fit: Fit, settings: SubspaceSettings) -> Seen:
         inner=(products.inner * where.scale[:, None]).float(),
         power=products.power.float(),
         known=products.gain.float(),
+        coefficients=level.images.coefficients,
     )
 
 
@@ -142,7 +167,7 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encoded(vae: BasisVae, seen: Seen, coefficients: int) -> BasisLatents:
+def encoded(vae: BasisVae, seen: Seen) -> BasisLatents:
     """Where all images lie, and what is left of them there."""
     mean, log_variance = vae.encode(seen.features)
     factors = vae.factors(mean)
@@ -151,7 +176,7 @@ def encoded(vae: BasisVae, seen: Seen, coefficients: int) -> BasisLatents:
         z=mean,
         std=(log_variance / 2).exp(),
         factors=factors,
-        loss=(seen.power - 2 * gain) / coefficients,
+        loss=(seen.power - 2 * gain) / seen.coefficients,
         evidence=gain - divergence(mean, log_variance),
     )
 

@@ -1,11 +1,11 @@
-"""From a stack to a run folder with a linear subspace, or with the nonlinear model in its span."""
+"""From a stack to a run folder with a linear subspace, or with a nonlinear model in its span."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +20,59 @@ from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
+from cryodrgn_pipeline.models.kernel import KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
-from cryodrgn_pipeline.subspace.basis import train_basis
+from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
+from cryodrgn_pipeline.subspace.kernel import KernelLatents, kernel_model
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
+from cryodrgn_pipeline.subspace.placing import kept_subspace
+from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
 
-BASIS_COMPONENTS = 12  # tried, of the subspace that the nonlinear model moves in
+NONLINEAR_COMPONENTS = 12  # tried, of the subspace that a nonlinear model moves in
+DECODERS = ("linear", "basis", "kernel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubspaceRequest:
     """A stack, the rows of it to use, how many coordinates, and threads (None: all).
 
-    `nonlinear`: go on to the network in the span of the maps; `held_out_fraction` of the particles then only
-    measure.
+    `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
+    `held_out_fraction` of the particles only measure that network.
     """
 
     stack: Path
     run: Path
     subset: Path | None
     latent_dim: int
-    nonlinear: bool
+    decoder: str
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder {self.decoder!r} is none of {', '.join(DECODERS)}")
+
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
-        tried = BASIS_COMPONENTS if self.nonlinear else self.latent_dim
+        tried = self.latent_dim if self.decoder == "linear" else NONLINEAR_COMPONENTS
         return SubspaceSettings(max_components=tried, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """A model with the columns of its latent table."""
+    """A model with the columns of its latent table, and what the images say about its network's maps."""
 
-    model: LinearModel | BasisModel
+    model: LinearModel | BasisModel | KernelModel
     columns: dict[str, NDArray[Any]]
+    seen: Seen | None = None
 
 
 def train_subspace(request: SubspaceRequest) -> None:
@@ -75,13 +85,13 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
-    settings = request.settings()
     described = {
-        "method": "vae" if request.nonlinear else "subspace",
+        "method": "subspace" if request.decoder == "linear" else "vae",
+        "decoder": request.decoder,
         "stack": stack.fingerprint,
         "particles": digest([str(i) for i in stack.particles.particle_id[rows]]),
-        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
-        "held_out_fraction": request.held_out_fraction if request.nonlinear else 0,
+        "settings": asdict(request.settings()) | {"latent_dim": request.latent_dim},
+        "held_out_fraction": request.held_out_fraction if request.decoder == "basis" else 0,
     }
     fingerprint, run = digest(described), request.run
     with only_writer(run):
@@ -89,24 +99,54 @@ def train_subspace(request: SubspaceRequest) -> None:
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
         (run / MANIFEST).unlink(missing_ok=True)
-        fit = fit_subspace(stack, rows, settings)
-        if request.nonlinear and fit.posterior.z.shape[1]:
-            learnt = _nonlinear(request, stack, rows, fit, settings)
-        else:
-            model = linear_model(stack, rows, fit, request.latent_dim, settings)
-            learnt = Learnt(model=model, columns=_linear_columns(fit, model, request.latent_dim))
-        save_model(run / MODEL_FILE, learnt.model)
-        ids = {"particle_id": stack.particles.particle_id[rows]}
-        poses = fit.known.poses
-        offsets = {} if poses is None else poses.columns(stack.box_size_px * stack.pixel_size_a)
-        write_columns(run / "latent.parquet", ids | learnt.columns | offsets)
-        _write_metrics(run, fit)
+        fit, learnt = learn(request, stack, rows)
         seconds = time.monotonic() - started
-        write_json(run / MANIFEST, _manifest(request, stack, fit, described, fingerprint, seconds))
+        manifest = environment() | {
+            "method": described["method"],
+            "encoder": "subspace",
+            "decoder": request.decoder,
+            "fingerprint": fingerprint,
+            **about(request, stack, fit),
+            "epochs": len(fit.history),
+            "training_seconds": seconds,
+            "wall_seconds": seconds,
+        }
+        write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
 
 
-def _nonlinear(
+def learn(request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64]) -> tuple[Fit, Learnt]:
+    """The subspace of some rows of a stack, and the linear model in it or a nonlinear one.
+
+    Where held-out images support no component, the model is the mean map: a linear one either way.
+    """
+    settings = request.settings()
+    fit = fit_subspace(stack, rows, settings)
+    if request.decoder == "kernel" and fit.supported:
+        kernel, latents = kernel_model(stack, rows, fit, request.latent_dim, settings)
+        learnt = Learnt(model=kernel, columns=kernel_columns(latents, fit.posterior.scale, kernel))
+    elif request.decoder == "basis" and fit.supported:
+        learnt = _network(request, stack, rows, fit, settings)
+    else:
+        subspace = kept_subspace(stack, rows, fit, fit.level.maps, None)
+        model = replace(linear_model(stack, rows, fit, request.latent_dim, settings), subspace=subspace)
+        learnt = Learnt(model=model, columns=linear_columns(fit.posterior, model))
+    poses = fit.known.poses
+    offsets = {} if poses is None else poses.columns(stack.box_size_px * stack.pixel_size_a)
+    return fit, replace(learnt, columns=learnt.columns | offsets)
+
+
+def write_learnt(
+    run: Path, particle_id: NDArray[Any], fit: Fit, learnt: Learnt, manifest: dict[str, Any]
+) -> None:
+    """Write model, latents, log and, last, the manifest into the run folder."""
+    save_model(run / MODEL_FILE, learnt.model)
+    write_columns(run / "latent.parquet", {"particle_id": particle_id} | learnt.columns)
+    _write_metrics(run, fit)
+    write_json(run / MANIFEST, manifest)
+
+
+def _network(
     request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: SubspaceSettings
 ) -> Learnt:
     _, kept_out = split_held_out(
@@ -116,25 +156,23 @@ def _nonlinear(
     config = BasisConfig(
         components=fit.posterior.z.shape[1], latent_dim=request.latent_dim, seed=request.seed
     )
-    vae, latents = train_basis(fit, held_out, config, settings)
-    columns = _coordinates(latents.z, latents.std, request.latent_dim) | {
+    placing = fit.level.maps
+    vae, latents, seen = train_basis(fit, held_out, config, settings)
+    subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
+    columns = coordinates(latents.z, latents.std, request.latent_dim) | {
         "loss": latents.loss.numpy(),
         "contrast": fit.posterior.scale.float().numpy(),
         "log_evidence": latents.evidence.numpy(),
         "held_out": held_out.numpy(),
     }
-    return Learnt(model=basis_model(stack, rows, fit, vae, latents, settings), columns=columns)
+    model = replace(basis_model(stack, rows, fit, vae, latents, settings), subspace=subspace)
+    return Learnt(model=model, columns=columns, seen=seen)
 
 
-def _linear_columns(fit: Fit, model: LinearModel, latent_dim: int) -> dict[str, NDArray[Any]]:
+def linear_columns(where: Posterior, model: LinearModel) -> dict[str, NDArray[Any]]:
     """Coordinates with their whole posterior; those of components that were not kept are 0 ± 0."""
-    where = fit.posterior.turned(torch.diag(model.spread.double()))
-    deviation = where.covariance.diagonal(dim1=1, dim2=2).sqrt()
-    columns = _coordinates(where.z, deviation, latent_dim)
-    for j in range(model.components):
-        for k in range(j):
-            columns[f"cov_{j}_{k}"] = where.covariance[:, j, k].float().numpy()
-    return columns | {
+    where = where.turned(torch.diag(model.spread.double()))
+    return _with_covariance(where.z, where.covariance, model.latent_dim) | {
         "loss": where.loss.float().numpy(),
         "contrast": where.scale.float().numpy(),
         "log_evidence": where.evidence.float().numpy(),
@@ -142,7 +180,26 @@ def _linear_columns(fit: Fit, model: LinearModel, latent_dim: int) -> dict[str, 
     }
 
 
-def _coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+def kernel_columns(latents: KernelLatents, contrast: Tensor, model: KernelModel) -> dict[str, NDArray[Any]]:
+    """The same of a kernel's model."""
+    return _with_covariance(latents.z, latents.covariance, model.latent_dim) | {
+        "loss": latents.loss.float().numpy(),
+        "contrast": contrast.float().numpy(),
+        "log_evidence": latents.evidence.float().numpy(),
+        "held_out": np.zeros(len(latents.z), dtype=bool),
+    }
+
+
+def _with_covariance(z: Tensor, covariance: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+    columns = coordinates(z, covariance.diagonal(dim1=1, dim2=2).sqrt(), latent_dim)
+    for j in range(z.shape[1]):
+        for k in range(j):
+            columns[f"cov_{j}_{k}"] = covariance[:, j, k].float().numpy()
+    return columns
+
+
+def coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+    """Columns z_j and std_j; those beyond the coordinates that are there are 0."""
     columns: dict[str, NDArray[Any]] = {}
     for prefix, values in (("z", z), ("std", std)):
         padded = torch.nn.functional.pad(values.float(), (0, latent_dim - values.shape[1])).numpy()
@@ -172,19 +229,10 @@ def _pose_offsets(fit: Fit, stack: Stack) -> dict[str, Any] | None:
     }
 
 
-def _manifest(
-    request: SubspaceRequest,
-    stack: Stack,
-    fit: Fit,
-    described: dict[str, Any],
-    fingerprint: str,
-    seconds: float,
-) -> dict[str, Any]:
-    return environment() | {
-        "method": described["method"],
-        "encoder": "subspace",
-        "decoder": "basis" if request.nonlinear else "linear",
-        "fingerprint": fingerprint,
+def about(request: SubspaceRequest, stack: Stack, fit: Fit) -> dict[str, Any]:
+    """What a manifest says about images, components, contrast and poses."""
+    settings = request.settings()
+    return {
         "stack": str(request.stack),
         "stack_fingerprint": stack.fingerprint,
         "subset": None if request.subset is None else str(request.subset),
@@ -192,15 +240,12 @@ def _manifest(
         "box_size_px": stack.box_size_px,
         "pixel_size_a": stack.pixel_size_a,
         "components": fit.supported,
-        "components_tried": described["settings"]["max_components"],
+        "components_tried": settings.max_components,
         "held_out_gain": [{"mean": mean, "standard_error": error} for mean, error in fit.gains],
         "contrast_spread": fit.known.scale_spread,
         "pose_offsets": _pose_offsets(fit, stack),
         "noise_images": int(fit.posterior.is_noise.sum()),
-        "settings": described["settings"],
+        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "epochs": len(fit.history),
-        "training_seconds": seconds,
-        "wall_seconds": seconds,
     }

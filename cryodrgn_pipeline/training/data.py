@@ -1,4 +1,4 @@
-"""Batches for training: normalised half-plane coefficients with their CTF and slice geometry."""
+"""From a stack to batches: normalised half-plane coefficients, CTFs, and what the encoder reads."""
 
 from __future__ import annotations
 
@@ -6,49 +6,29 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import coefficients_at, in_plane_angle, turned_half_plane
-from cryodrgn_pipeline.fourier.slices import slice_coordinates
-from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane_coefficients
+from cryodrgn_pipeline.fourier.transforms import half_plane_coefficients
 from cryodrgn_pipeline.models.vae import VaeConfig
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.poses import PoseOffsets
+from cryodrgn_pipeline.training.batch import Batch, Placed
+from cryodrgn_pipeline.training.spectra import group_rows, loss_weights, signal_to_noise
 
 log = logging.getLogger(__name__)
 
 READ_ROWS = 512  # contiguous images read at a time
 SHUFFLE_CHUNKS = 16  # chunks whose images are mixed with each other
 NORMALISATION_IMAGES = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """B images at the P half-plane frequencies; `rows` are their rows in the stack."""
-
-    rows: NDArray[np.int64]
-    coefficients: Tensor  # (B, P) complex64, divided by the normalisation σ
-    ctf: Tensor  # (B, P)
-    flipped: Tensor  # (B, P_e) complex64: what the encoder reads, phase-flipped
-    rotation: Tensor  # (B, 3, 3)
-    magnification: Tensor  # (B,) volume pixel size / image pixel size
-
-    def coordinates(self, plane: HalfPlane, points: Tensor | slice, images: slice) -> Tensor:
-        """Where chosen half-plane points of chosen images lie in the volume: `(b, Q, 3)` cycles per pixel."""
-        chosen = plane.at(points)
-        cycles_per_box = slice_coordinates(chosen, self.rotation[images], self.magnification[images])
-        return cycles_per_box / plane.box_size_px
-
-    def transfer(self, points: Tensor | slice, images: slice) -> Tensor:
-        """What turns volume into image coefficients, `(b, Q)`: the CTF, and finer pixels hold less each."""
-        return self.ctf[images, points] * self.magnification[images, None] ** 2
 
 
 class TrainingData:
@@ -59,13 +39,16 @@ class TrainingData:
     stack, rows
         The stack, and which of its rows belong to this training (ascending).
     model
-        What frequencies its loss takes and its encoder reads, and how the latter is turned.
+        What frequencies its loss takes and its encoder reads, and how the latter is turned and filtered.
     in_memory
         Hold all coefficients in memory (8 bytes per frequency and image); None decides by what is free.
     device
         Where batches go.
-    scale
-        σ that coefficients are divided by; estimated from the images when None.
+    scale, input_scale
+        σ that coefficients are divided by, and what a Wiener filter's output is divided by; estimated from
+        the images when None.
+    placed
+        What the subspace says about the particles, where the model starts from it.
     """
 
     def __init__(
@@ -77,12 +60,15 @@ class TrainingData:
         in_memory: bool | None,
         device: torch.device,
         scale: float | None = None,
+        input_scale: float | None = None,
+        placed: Placed | None = None,
     ) -> None:
         self.stack, self.rows, self.device = stack, rows, device
         plane, encoder_plane = model.plane(), model.encoder_plane()
         self.plane = plane.to(device)
         self._plane_cpu, self._encoder_plane = plane, encoder_plane.to(device)
-        self._aligned = model.encoder_input == "aligned"
+        self._features = placed.features.to(device) if placed and model.encoder == "subspace" else None
+        self._aligned = model.encoder_input == "aligned" and self._features is None
         particles = stack.particles.take(rows)
         self.particle_id = particles.particle_id
         poses, optics = particles.require_poses("train"), particles.optics
@@ -104,7 +90,17 @@ class TrainingData:
             "cs_mm": tensor(optics.cs_mm),
             "amplitude_contrast": tensor(optics.amplitude_contrast),
         }
+        self._contrast: Tensor | None = None
+        self._shift: Tensor | None = None
+        if placed is not None:
+            self._contrast = placed.contrast.float().to(device)
+            self._correct(placed.poses)
+        coloured = model.loss == "whitened"
+        self._weight = loss_weights(stack, rows, plane).float().to(device) if coloured else None
+        wiener = model.encoder_filter == "wiener" and self._features is None
+        self._group = group_rows(stack, rows).to(device) if coloured or wiener else None
         self.scale = self._estimate_scale() if scale is None else scale
+        self._snr = self._signal_to_noise() if wiener else None
         self._width = len(plane) + (len(encoder_plane) if self._aligned else 0)
         needed = 8 * self._width * len(rows)
         if in_memory is None:
@@ -116,6 +112,10 @@ class TrainingData:
             "held in memory" if in_memory else "read from the stack as needed",
             needed / 1e9,
         )
+        self._coefficients: Tensor | None = None
+        self.input_scale = 1.0 if input_scale is None else input_scale
+        if wiener and input_scale is None:
+            self.input_scale = self._estimate_input_scale()
         self._coefficients = self._load_all() if in_memory else None
 
     def __len__(self) -> int:
@@ -128,21 +128,35 @@ class TrainingData:
         position, stored = position.to(self.device), stored.to(self.device, non_blocking=True)
         transfer = self._transfer(position, torch.stack([self.plane.kx, self.plane.ky], dim=-1))
         coefficients = stored[:, : len(self.plane)]
-        if self._aligned:
-            seen = stored[:, len(self.plane) :]
-            angle = in_plane_angle(self._rotation[position])
-            seen_transfer = self._transfer(position, turned_half_plane(self._encoder_plane, angle))
-        else:
-            inner = slice(len(self._encoder_plane))
-            seen, seen_transfer = coefficients[:, inner], transfer[:, inner]
+        contrast = None if self._contrast is None else self._contrast[position, None]
+        weight = None
+        if self._weight is not None and self._group is not None:
+            weight = self._weight[self._group[position]]
         return Batch(
             rows=rows,
+            position=position,
             coefficients=coefficients,
-            ctf=transfer,
-            flipped=seen * torch.where(seen_transfer < 0, -1.0, 1.0),
+            ctf=transfer if contrast is None else transfer * contrast,
+            weight=weight,
+            seen=self._seen(position, stored, transfer),
             rotation=self._rotation[position],
             magnification=self._magnification[position],
         )
+
+    def _seen(self, position: Tensor, stored: Tensor, transfer: Tensor) -> Tensor:
+        if self._features is not None:
+            return self._features[position]
+        if self._aligned:
+            seen = stored[:, len(self.plane) :]
+            angle = in_plane_angle(self._rotation[position])
+            transfer = self._transfer(position, turned_half_plane(self._encoder_plane, angle))
+        else:
+            inner = slice(len(self._encoder_plane))
+            seen, transfer = stored[:, inner], transfer[:, inner]
+        if self._snr is None or self._group is None:
+            return seen * torch.where(transfer < 0, -1.0, 1.0)
+        snr = self._snr[self._group[position]]
+        return seen * (transfer * snr / (transfer**2 * snr + 1) / self.input_scale)
 
     def batches(self, order: NDArray[np.int64], batch_size: int, first: int = 0) -> Iterator[Batch]:
         """Batches of the rows in `order` from batch number `first`.
@@ -183,19 +197,62 @@ class TrainingData:
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
         """Coefficients at the half plane and, where the encoder wants them, of the turned images."""
         images = torch.from_numpy(self.stack.read(rows))
+        position = torch.from_numpy(self._position[rows])
         coefficients = half_plane_coefficients(images, self._plane_cpu)
+        coefficients = self._shifted(
+            coefficients, torch.stack([self._plane_cpu.kx, self._plane_cpu.ky], dim=-1), position
+        )
         if self._aligned:
-            angle = in_plane_angle(self._rotation[torch.from_numpy(self._position[rows])].cpu())
-            turned = coefficients_at(images, turned_half_plane(self._encoder_plane.to("cpu"), angle))
+            angle = in_plane_angle(self._rotation[position.to(self.device)].cpu())
+            k = turned_half_plane(self._encoder_plane.to("cpu"), angle)
+            turned = self._shifted(coefficients_at(images, k), k, position)
             coefficients = torch.cat([coefficients, turned], dim=1)
         return coefficients / self.scale
 
+    def _correct(self, poses: PoseOffsets | None) -> None:
+        """Rotations and shifts as these offsets, in the frame of the map, change them."""
+        if poses is None:
+            return
+        turn = Rotation.from_rotvec(poses.offset[:, :3].numpy()).as_matrix()
+        rotation = self._rotation.cpu() @ torch.from_numpy(turn).float()
+        in_image = (rotation[:, :2] @ poses.offset[:, 3:, None].float())[..., 0]
+        self._shift = in_image * self._magnification.cpu()[:, None]  # boxes
+        self._rotation = rotation.to(self.device)
+
+    def _shifted(self, coefficients: Tensor, k: Tensor, position: Tensor) -> Tensor:
+        """Coefficients `(B, P)` at `k` `(P, 2)` or `(B, P, 2)`, as if poses had been right."""
+        if self._shift is None:
+            return coefficients
+        phase = 2 * torch.pi * (k * self._shift[position][:, None]).sum(-1)
+        return coefficients * torch.polar(torch.ones_like(phase), phase)
+
+    def _sample(self) -> NDArray[np.int64]:
+        """An even sample of the rows."""
+        count = min(len(self.rows), NORMALISATION_IMAGES)
+        chosen: NDArray[np.int64] = self.rows[np.linspace(0, len(self.rows) - 1, count).astype(int)]
+        return chosen
+
+    def _signal_to_noise(self) -> Tensor:
+        plane = self._encoder_plane
+        position = torch.from_numpy(self._position[self._sample()]).to(self.device)
+        squared = self._transfer(position, torch.stack([plane.kx, plane.ky], dim=-1)).square()
+        group = group_rows(self.stack, self.rows).to(self.device)
+        mean = torch.zeros(len(self.stack.noise), len(plane), device=self.device)
+        mean.index_add_(0, group[position], squared)
+        count = torch.bincount(group[position], minlength=len(mean)).clamp(min=1)[:, None]
+        mean = (mean / count).double().cpu()
+        return signal_to_noise(self.stack, self.rows, plane.to("cpu"), mean).to(self.device)
+
+    def _estimate_input_scale(self) -> float:
+        """Root mean square of what the encoder would read, over a sample of the images."""
+        sample, power = self._sample(), []
+        for start in range(0, len(sample), READ_ROWS):
+            power.append(self.batch(sample[start : start + READ_ROWS]).seen.abs().square().mean(1).cpu())
+        return float(max(float(torch.cat(power).mean()), 1e-60) ** 0.5)
+
     def _estimate_scale(self) -> float:
         """σ of the Hartley values over an even sample of the images: √⟨|F|²⟩, since E H² = E |F|²."""
-        sample = self.rows[
-            np.linspace(0, len(self.rows) - 1, min(len(self.rows), NORMALISATION_IMAGES)).astype(int)
-        ]
-        power = 0.0
+        sample, power = self._sample(), 0.0
         for start in range(0, len(sample), READ_ROWS):
             images = torch.from_numpy(self.stack.read(sample[start : start + READ_ROWS]))
             power += float(half_plane_coefficients(images, self._plane_cpu).abs().square().double().sum())

@@ -1,7 +1,8 @@
 """The training loop: read top to bottom, it is the whole method.
 
-Each batch: phase-flipped images → encoder → z; slices of the decoder at the known poses, times the CTF;
-mean squared error against the images, plus β/n_pixels times the KL divergence (Zhong et al. 2021).
+Each batch: what the encoder reads → z; slices of the decoder at the known poses, times the CTF; mean squared
+error against the images, plus β/n_pixels times the KL divergence (Zhong et al. 2021). A decoder in the span
+of maps needs no slices: images enter by their inner products with the maps.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae
 from cryodrgn_pipeline.progress import progress
-from cryodrgn_pipeline.training.data import Batch, TrainingData
+from cryodrgn_pipeline.subspace.basis import Seen
+from cryodrgn_pipeline.training.batch import Batch
+from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.losses import kl_divergence, reconstruction
 from cryodrgn_pipeline.training.settings import TrainingSettings
 from cryodrgn_pipeline.training.state import StopRequest
@@ -31,6 +35,10 @@ log = logging.getLogger(__name__)
 # within a GPU's memory at any batch and box.
 POINTS_IN_FLIGHT = {"cpu": 6_500, "cuda": 1_000_000}
 LOSSES_IN_FLIGHT = {"cpu": 1, "cuda": 64}  # reading a loss from a GPU waits for it
+FIRST_DISC = 0.25  # of the full radius, where frequency marching starts
+EVIDENCE_BETA = 2.0  # the loss is then −2/n times the evidence lower bound, where noise has unit power
+
+Network = Vae | ResidualVae | ImageBasisVae
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: the user asked for it)
@@ -67,11 +75,13 @@ class Trainer:
         Where to compute.
     state
         A state from an earlier `state()` to go on from.
+    products
+        The images' inner products with the maps of an `ImageBasisVae`.
     """
 
     def __init__(
         self,
-        vae: Vae,
+        vae: Network,
         data: TrainingData,
         settings: TrainingSettings,
         *,
@@ -79,11 +89,14 @@ class Trainer:
         held_out_rows: NDArray[np.int64],
         device: torch.device,
         state: dict[str, Any] | None = None,
+        products: Seen | None = None,
     ) -> None:
         self.vae, self.data, self.settings, self.device = vae.to(device), data, settings, device
         self.train_rows, self.held_out_rows = train_rows, held_out_rows
-        self.beta = 1 / vae.config.latent_dim if settings.beta is None else settings.beta
-        self.n_pixels = 2 * len(data.plane)
+        self.products = None if products is None else products.to(device)
+        usual = 1 / vae.config.latent_dim if isinstance(vae, Vae) else EVIDENCE_BETA
+        self.beta = usual if settings.beta is None else settings.beta
+        self._radius = data.plane.radius.cpu()
         self.optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
         amp = settings.amp if settings.amp is not None else device.type == "cuda"
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
@@ -108,6 +121,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "scale": self.data.scale,
+            "input_scale": self.data.input_scale,
             "epoch": standing.epoch,
             "progress": {name: getattr(standing, name) for name in Progress.__slots__},
         }
@@ -157,13 +171,13 @@ class Trainer:
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update; returns reconstruction loss and KL divergence per image, `(B,)` each."""
         draws = torch.Generator().manual_seed(_mix(self.settings.seed, self.progress.step))
-        n_points = len(self.data.plane)
+        n_points = self.points_in_disc()
         chosen = max(1, round(self.settings.coordinate_fraction * n_points))
-        points: Tensor | slice = slice(None)
+        points: Tensor | slice = slice(n_points)  # points are ordered by rising |k|
         if chosen < n_points:
             points = torch.randperm(n_points, generator=draws)[:chosen].to(self.device)
         with torch.autocast(**self.autocast):
-            mean, log_variance = self.vae.encode(batch.flipped)
+            mean, log_variance = self.vae.encode(batch.seen)
         mean, log_variance = mean.float(), log_variance.float()
         noise = torch.randn(mean.shape, generator=draws).to(self.device)
         z = mean + noise * torch.exp(0.5 * log_variance)
@@ -177,19 +191,40 @@ class Trainer:
             ]
         )
         divergence = kl_divergence(mean, log_variance)
-        weight = self.beta / self.n_pixels
+        weight = self.beta / self._n_pixels(n_points)
         torch.autograd.backward([z, self.scaler.scale(weight * divergence.mean())], [z_leaf.grad, None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return error, divergence.detach()
 
     def _backward_piece(self, batch: Batch, piece: slice, points: Tensor | slice, z: Tensor) -> Tensor:
-        coordinates = batch.coordinates(self.data.plane, points, piece)
-        with torch.autocast(**self.autocast):
-            predicted = self.vae.decode_slices(coordinates, z[piece], batch.transfer(points, piece))
-        error = reconstruction(predicted, batch.coefficients[piece, points])
+        error = self._error(batch, piece, points, z[piece])
         torch.autograd.backward(self.scaler.scale(error.sum() / len(batch.rows)))
         return error.detach()
+
+    def _error(self, batch: Batch, piece: slice, points: Tensor | slice, z: Tensor) -> Tensor:
+        """Mean squared error `(b,)` of some images at latents `(b, z)`."""
+        if isinstance(self.vae, ImageBasisVae):
+            if self.products is None:
+                raise ValueError("a decoder in the span of maps needs the images' inner products with them")
+            return self.products.loss(self.vae.factors(z), batch.position[piece])
+        coordinates = batch.coordinates(self.data.plane, points, piece)
+        with torch.autocast(**self.autocast):
+            predicted = self.vae.decode_slices(coordinates, z, batch.transfer(points, piece))
+        return reconstruction(predicted, batch.coefficients[piece, points], batch.weights(points, piece))
+
+    def points_in_disc(self) -> int:
+        """How many points of the half plane the next update may use: all, once marching is over."""
+        batches = -(-len(self.train_rows) // self.settings.batch_size)
+        steps = self.settings.frequency_marching * batches
+        if self.progress.step >= steps:
+            return len(self._radius)
+        share = FIRST_DISC + (1 - FIRST_DISC) * self.progress.step / steps
+        return max(1, int((self._radius <= share * self._radius[-1]).sum()))
+
+    def _n_pixels(self, n_points: int) -> int:
+        """How many real numbers of an image a loss over these points takes the mean of."""
+        return 2 * n_points if self.products is None else self.products.coefficients
 
     def _pieces(self, n_images: int, n_points: int) -> list[slice]:
         images = max(1, POINTS_IN_FLIGHT[self.device.type] // n_points)
@@ -217,17 +252,20 @@ class Trainer:
         images = standing.sums["images"]
         error, divergence = standing.sums["reconstruction"] / images, standing.sums["kld"] / images
         standing.epoch += 1
+        n_points = self.points_in_disc()
         row = {
             "kind": "epoch",
             "epoch": standing.epoch,
             "step": standing.step,
-            "loss": error + self.beta * divergence / self.n_pixels,
+            "loss": error + self.beta * divergence / self._n_pixels(n_points),
             "reconstruction": error,
             "kld": divergence,
             "beta": self.beta,
             "learning_rate": self.settings.learning_rate,
             "images_per_s": images / standing.epoch_seconds,
         }
+        if self.settings.frequency_marching:
+            row["frequencies"] = n_points
         if len(self.held_out_rows):
             started = time.monotonic()
             held_out = self.evaluate(self.held_out_rows)
@@ -264,16 +302,10 @@ class Trainer:
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "loss": [], "kld": []}
         for batch in self.data.batches(rows, max(self.settings.batch_size, 64)):
             with torch.autocast(**self.autocast):
-                mean, log_variance = self.vae.encode(batch.flipped)
+                mean, log_variance = self.vae.encode(batch.seen)
             mean, log_variance = mean.float(), log_variance.float()
             for piece in self._pieces(len(batch.rows), n_points):
-                with torch.autocast(**self.autocast):
-                    predicted = self.vae.decode_slices(
-                        batch.coordinates(self.data.plane, points, piece),
-                        mean[piece],
-                        batch.transfer(points, piece),
-                    )
-                parts["loss"].append(reconstruction(predicted, batch.coefficients[piece, points]))
+                parts["loss"].append(self._error(batch, piece, points, mean[piece]))
             parts["mean"].append(mean)
             parts["std"].append(torch.exp(0.5 * log_variance))
             parts["kld"].append(kl_divergence(mean, log_variance))

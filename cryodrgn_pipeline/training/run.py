@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.half_sets import split_held_out
@@ -19,12 +20,18 @@ from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
+from cryodrgn_pipeline.models.encoder import Reading
+from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
+from cryodrgn_pipeline.subspace.run import SubspaceRequest
 from cryodrgn_pipeline.training.data import TrainingData
-from cryodrgn_pipeline.training.loop import Trainer
+from cryodrgn_pipeline.training.grey import grey_reference
+from cryodrgn_pipeline.training.loop import Network, Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
+from cryodrgn_pipeline.training.start import Start, learn_start
 from cryodrgn_pipeline.training.state import (
     MANIFEST,
     CheckpointFolder,
@@ -63,6 +70,7 @@ def choose_device(name: str) -> torch.device:
 def train_vae(request: TrainingRequest) -> None:
     """Train, then write latents, weights, metrics and manifest into the run folder.
 
+    An encoder of the subspace or a decoder in its maps starts from the default model, which is learnt first.
     A finished run of the same fingerprint and epochs is left as it is. Raises `InputFormatError` without
     poses or with unknown ids, `TrainingError` when the loss is not a number or the folder is in use.
     """
@@ -80,7 +88,8 @@ def train_vae(request: TrainingRequest) -> None:
     }
     fingerprint = digest(described)
     with only_writer(request.run), StopRequest().listening() as stop:
-        if finished(request.run, fingerprint, settings.epochs):
+        # of a rigid particle there is nothing to train: no epochs, however many are asked for
+        if any(finished(request.run, fingerprint, epochs) for epochs in (settings.epochs, 0)):
             log.info("%s: already trained with these images and settings, nothing to do", request.run)
             return
         _train(request, stack, rows, fingerprint, device, stop)
@@ -98,6 +107,14 @@ def _train(
     folder = CheckpointFolder(run, fingerprint)
     state = folder.open(resume=request.resume, epochs=settings.epochs)
     (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
+    start = None
+    if request.model.encoder == "subspace" or request.model.decoder == "basis":
+        start = Start.load(folder.path, fingerprint)
+        start = start or learn_start(
+            _of_subspace(request), stack, rows, request.model, fingerprint, folder.path
+        )
+        if start is None:
+            return
     data = TrainingData(
         stack,
         rows,
@@ -105,28 +122,31 @@ def _train(
         in_memory=settings.in_memory,
         device=device,
         scale=None if state is None else state["scale"],
+        input_scale=None if state is None else state["input_scale"],
+        placed=None if start is None else start.placed,
     )
     train_rows, held_out_rows = split_held_out(
         rows, stack.particles.particle_id[rows], settings.held_out_fraction, settings.seed
     )
+    if start is not None:
+        train_rows = np.setdiff1d(train_rows, rows[start.is_noise.numpy()])
     trainer = Trainer(
-        Vae(request.model),
+        _network(request.model, start, data.scale),
         data,
         settings,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         device=device,
         state=state,
+        products=start.seen if start is not None and request.model.decoder == "basis" else None,
     )
     if state is not None:
         log.info("resuming after %d epochs and %d batches", state["epoch"], trainer.progress.batch)
     log.info(
-        "VAE: z %d, encoder %d x %d, decoder %d x %d, %d training and %d held-out particles, on %s",
+        "VAE: z %d, encoder %s, decoder %s, %d training and %d held-out particles, on %s",
         request.model.latent_dim,
-        request.model.encoder_layers,
-        request.model.encoder_width,
-        request.model.decoder_layers,
-        request.model.decoder_width,
+        _in_words(request.model, "encoder", "image"),
+        _in_words(request.model, "decoder", "mlp"),
         len(train_rows),
         len(held_out_rows),
         device,
@@ -137,56 +157,116 @@ def _train(
         _write_metrics(run, trainer)
         if trainer.progress.batch == 0 and trainer.progress.epoch < settings.epochs:
             epoch = trainer.progress.epoch
-            save_model(folder.path / f"weights_epoch_{epoch:04d}.safetensors", _trained(trainer, stack))
+            save_model(
+                folder.path / f"weights_epoch_{epoch:04d}.safetensors", _trained(trainer, stack, start)
+            )
 
     trainer.run(save, stop)
-    low_resolution = (
-        data.plane.radius <= data.plane.radius.max() / 2
-    )  # where images say most of their content
-    latents = trainer.evaluate(rows, torch.nonzero(low_resolution).squeeze(1))
-    _write_latents(run, data.particle_id, latents, np.isin(rows, held_out_rows))
-    save_model(run / MODEL_FILE, _trained(trainer, stack))
+    latents = trainer.evaluate(rows, low_resolution_points(data))
+    columns = latent_columns(latents) | {"held_out": np.isin(rows, held_out_rows)}
+    write_columns(
+        run / "latent.parquet",
+        {"particle_id": data.particle_id} | columns | ({} if start is None else start.columns),
+    )
+    model = _trained(trainer, stack, start)
+    if isinstance(model, TrainedModel) and start is None:
+        model = replace(model, grey=grey_reference(model, stack, rows, latents["mean"]))
+    save_model(run / MODEL_FILE, model)
     _write_metrics(run, trainer)
-    write_json(run / MANIFEST, _manifest(request, stack, trainer, fingerprint, time.monotonic() - started))
+    write_json(
+        run / MANIFEST, _manifest(request, stack, trainer, fingerprint, start, time.monotonic() - started)
+    )
     log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
 
 
+def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
+    settings = request.settings
+    return SubspaceRequest(
+        stack=request.stack,
+        run=request.run,
+        subset=request.subset,
+        latent_dim=request.model.latent_dim,
+        decoder="basis",
+        held_out_fraction=settings.held_out_fraction,
+        seed=settings.seed,
+        threads=settings.threads,
+    )
+
+
+def _network(model: VaeConfig, start: Start | None, scale: float) -> Network:
+    if start is None:
+        return Vae(model)
+    if model.decoder == "mlp":
+        return ResidualVae(model, start.model, scale)
+    if not isinstance(start.model.vae, BasisVae):
+        raise ValueError("the start is the model whose encoder reads the subspace")
+    return ImageBasisVae(model, start.model.vae)
+
+
+def _in_words(model: VaeConfig, part: str, sized: str) -> str:
+    kind, layers, width = (getattr(model, f"{part}{ending}") for ending in ("", "_layers", "_width"))
+    return f"{kind} {layers} x {width}" if kind == sized else str(kind)
+
+
 def _manifest(
-    request: TrainingRequest, stack: Stack, trainer: Trainer, fingerprint: str, wall_seconds: float
+    request: TrainingRequest,
+    stack: Stack,
+    trainer: Trainer,
+    fingerprint: str,
+    start: Start | None,
+    wall_seconds: float,
 ) -> dict[str, Any]:
-    return environment() | {
-        "method": "vae",
-        "fingerprint": fingerprint,
-        "stack": str(request.stack),
-        "stack_fingerprint": stack.fingerprint,
-        "subset": None if request.subset is None else str(request.subset),
-        "n_particles": len(trainer.data),
-        "n_held_out": len(trainer.held_out_rows),
-        "box_size_px": stack.box_size_px,
-        "pixel_size_a": stack.pixel_size_a,
-        "scale": trainer.data.scale,
-        "model": request.model.as_dict(),
-        "settings": request.settings.as_dict(),
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-        "epochs": trainer.progress.epoch,
-        "training_seconds": trainer.progress.seconds,
-        "wall_seconds": wall_seconds,
-    }
+    return (
+        environment()
+        | ({} if start is None else start.about)
+        | {
+            "method": "vae",
+            "encoder": request.model.encoder,
+            "decoder": request.model.decoder,
+            "fingerprint": fingerprint,
+            "stack": str(request.stack),
+            "stack_fingerprint": stack.fingerprint,
+            "subset": None if request.subset is None else str(request.subset),
+            "n_particles": len(trainer.data),
+            "n_held_out": len(trainer.held_out_rows),
+            "box_size_px": stack.box_size_px,
+            "pixel_size_a": stack.pixel_size_a,
+            "scale": trainer.data.scale,
+            "beta": trainer.beta,
+            "model": request.model.as_dict(),
+            "settings": request.settings.as_dict(),
+            "device": str(trainer.device),
+            "threads": torch.get_num_threads(),
+            "epochs": trainer.progress.epoch,
+            "training_seconds": trainer.progress.seconds,
+            "wall_seconds": wall_seconds,
+        }
+    )
 
 
-def _trained(trainer: Trainer, stack: Stack) -> TrainedModel:
-    return TrainedModel(vae=trainer.vae, scale=trainer.data.scale, pixel_size_a=stack.pixel_size_a)
+def _trained(trainer: Trainer, stack: Stack, start: Start | None) -> TrainedModel | BasisModel:
+    data, vae = trainer.data, trainer.vae
+    if isinstance(vae, ImageBasisVae):
+        if start is None:
+            raise ValueError("a decoder in the span of maps comes with them")
+        reading = Reading(scale=data.scale, input_scale=data.input_scale)
+        return replace(start.model, vae=vae, reading=reading)
+    return TrainedModel(
+        vae=vae, scale=data.scale, pixel_size_a=stack.pixel_size_a, input_scale=data.input_scale
+    )
 
 
-def _write_latents(
-    run: Path, particle_id: NDArray[Any], latents: dict[str, NDArray[Any]], held_out: NDArray[np.bool_]
-) -> None:
-    columns = {"particle_id": particle_id}
+def low_resolution_points(data: TrainingData) -> Tensor:
+    """The half of the radius at which images say most of their content: what `loss` is taken on."""
+    return torch.nonzero(data.plane.radius <= data.plane.radius.max() / 2).squeeze(1)
+
+
+def latent_columns(latents: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Columns z_j, std_j and loss of what `Trainer.evaluate` gives."""
+    columns: dict[str, NDArray[Any]] = {}
     for prefix, values in (("z", latents["mean"]), ("std", latents["std"])):
         columns |= {f"{prefix}_{j}": values[:, j].astype(np.float32) for j in range(values.shape[1])}
-    columns |= {"loss": latents["loss"].astype(np.float32), "held_out": held_out}
-    write_columns(run / "latent.parquet", columns)
+    return columns | {"loss": latents["loss"].astype(np.float32)}
 
 
 def _write_metrics(run: Path, trainer: Trainer) -> None:

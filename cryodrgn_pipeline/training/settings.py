@@ -12,8 +12,9 @@ from cryodrgn_pipeline.errors import ConfigError
 class TrainingSettings:
     """Recipe of one training; the architecture is `VaeConfig`'s.
 
-    `beta` None means 1/latent_dim. `coordinate_fraction` is the share of the half plane, drawn anew for
-    each batch, on which the loss is taken. `in_memory` and `amp` None decide by memory and device.
+    `beta` None means 1/latent_dim, or 2 for models that start from the subspace. `coordinate_fraction` is the
+    share of the half plane, drawn anew for each batch, on which the loss is taken. `frequency_marching`: the
+    disc of the loss grows over so many epochs. `in_memory` and `amp` None decide by memory and device.
     """
 
     epochs: int = 20
@@ -21,6 +22,7 @@ class TrainingSettings:
     learning_rate: float = 1e-4
     beta: float | None = None
     coordinate_fraction: float = 1.0
+    frequency_marching: int = 0
     held_out_fraction: float = 0.05
     checkpoint_every_epochs: int = 5
     checkpoint_every_minutes: float = 15.0
@@ -37,6 +39,7 @@ class TrainingSettings:
             ("learning-rate", self.learning_rate > 0, "positive"),
             ("beta", self.beta is None or self.beta >= 0, "'auto' or not negative"),
             ("coordinate-fraction", 0 < self.coordinate_fraction <= 1, "in (0, 1]"),
+            ("frequency-marching", self.frequency_marching >= 0, "not negative"),
             ("held-out-fraction", 0 <= self.held_out_fraction < 1, "in [0, 1)"),
             ("checkpoint-every-epochs", self.checkpoint_every_epochs >= 1, "at least 1"),
             ("checkpoint-every-minutes", self.checkpoint_every_minutes > 0, "positive"),

@@ -1,0 +1,241 @@
+"""Measure the answers of docs/experiments.md: one arm is a set, options of `train`, and a score.
+
+    python benchmarks/experiments.py --work WORK                # all arms; those that are there are kept
+    python benchmarks/experiments.py --work WORK --arms usual wiener
+    python benchmarks/experiments.py --work WORK --encode     # new images in trained models
+
+Prints one table row an arm. Sets are made once (`WORK/SET`); volumes are drawn at the latents of evenly
+spaced particles and scored per image as in bench.py; seconds are CPU time, which other work on the machine
+does not lengthen. `halves differ` is |F(k) − F*(−k)| of a network's coefficients over |F|, root mean squares,
+below and above half of Nyquist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import torch
+from bench import HARD, SMALL
+
+from cryodrgn_pipeline.evaluate import evaluate, latent_scores, read_truth, sample_points
+from cryodrgn_pipeline.fourier.density import half_ball
+from cryodrgn_pipeline.io.checkpoints import TrainedModel, load_model
+from cryodrgn_pipeline.io.runs import read_json, read_latents, write_z
+from cryodrgn_pipeline.models.from_subspace import ResidualVae
+from cryodrgn_pipeline.stack import Stack
+
+HALF = SMALL.replace("4000", "2000")
+SETS = {  # options of `simulate`, options of `preprocess`
+    "hinge32": (f"{SMALL} --snr 0.25", ""),
+    "large32": (f"{SMALL} --snr 0.15 --motion-range 180 --occupancy 1", ""),
+    "hard32": (f"{SMALL} --snr 0.25 {HARD}", ""),
+    "half32": (f"{HALF} --snr 0.25", ""),
+    "masked32": (f"{HALF} --snr 0.25", "--mask-radius-a 75"),
+    "coloured32": (f"{HALF} --snr 0.25 --noise-colour 3", ""),
+}
+NETWORK = "--encoder-width 256 --decoder-width 256 --coordinate-fraction 0.25 --encoder-mask-radius 0.5"
+RESIDUAL = f"--encoder subspace --decoder mlp {NETWORK} --epochs 10 --learning-rate 3e-4"
+IMAGE_BASIS = f"--encoder image --decoder basis {NETWORK} --epochs 40 --learning-rate 1e-3"
+MLP = f"--encoder image --decoder mlp {NETWORK}"
+USUAL = f"{MLP} --epochs 15 --learning-rate 1e-3"
+WIDE = f"{MLP} --epochs 4 --learning-rate 1e-3 --coordinate-fraction 0.1"
+ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes that are scored
+    **{
+        f"{name} {arm}": (name, options, 100)
+        for name in ("hinge32", "large32", "hard32")
+        for arm, options in (
+            ("subspace", "--method subspace"),
+            ("default", ""),
+            ("residual", RESIDUAL),
+            ("image basis", IMAGE_BASIS),
+        )
+    },
+    "usual": ("half32", USUAL, 30),
+    "wiener": ("half32", f"{USUAL} --encoder-filter wiener", 30),
+    "hartley": ("half32", f"{USUAL} --domain hartley", 30),
+    "masked": ("masked32", USUAL, 30),
+    "marching": ("half32", f"{USUAL} --frequency-marching 8", 30),
+    "white": ("coloured32", USUAL, 30),
+    "whitened": ("coloured32", f"{USUAL} --loss whitened", 30),
+    "batch 64": ("half32", f"{USUAL} --batch-size 64", 30),
+    "batch 64, rate x 2": ("half32", f"{MLP} --epochs 15 --learning-rate 2e-3 --batch-size 64", 30),
+    "batch 256": ("half32", f"{USUAL} --batch-size 256", 30),
+    "batch 256, rate x 4": ("half32", f"{MLP} --epochs 15 --learning-rate 4e-3 --batch-size 256", 30),
+    "width 256": ("half32", WIDE, 10),
+    "width 1024": ("half32", f"{WIDE} --encoder-width 1024 --decoder-width 1024", 10),
+    "half32 default": ("half32", "", 30),
+}
+
+
+def ours(*words: str | Path) -> float:
+    """Run one verb; its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "cryodrgn_pipeline", "-q", *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def prepared(work: Path, name: str) -> Path:
+    """The set and its stack, made unless they are there; returns the set's folder."""
+    folder, (simulated, preparing) = work / name, SETS[name]
+    if not (folder / "simulated" / "simulate.json").is_file():
+        ours("simulate", *simulated.split(), "-o", folder / "simulated")
+    if not (folder / "stack" / "stack.json").is_file():
+        ours("import", folder / "simulated" / "particles.star", "-o", folder / "import")
+        ours("preprocess", folder / "import", "--box-size", "32", *preparing.split(), "-o", folder / "stack")
+    return folder
+
+
+@torch.no_grad()
+def halves_differ(run: Path, z: np.ndarray) -> list[float] | None:
+    """How far a network that draws (re, im) at k and at −k is from a real density: inner and outer shells."""
+    model = load_model(run)
+    if not isinstance(model, TrainedModel) or isinstance(model.vae, ResidualVae):
+        return None
+    points = half_ball(model.box_size_px)
+    k = points.flip(1).float() / model.box_size_px
+    latent = torch.from_numpy(z[:5]).float()
+    here, there = (model.vae.decoder(side.expand(len(latent), -1, -1), latent) for side in (k, -k))
+    inner = k.norm(dim=1) <= 0.25
+    found = []
+    for shells in (inner, ~inner):
+        apart, mean = here - there.conj(), (here + there.conj()) / 2
+        found.append(
+            float(
+                apart[:, shells].abs().square().mean().sqrt() / mean[:, shells].abs().square().mean().sqrt()
+            )
+        )
+    return found
+
+
+def measured(work: Path, arm: str, threads: int, seed: int) -> dict[str, Any]:
+    """What one arm gives, kept in its run folder."""
+    name, options, count = ARMS[arm]
+    run = work / "runs" / f"{arm.replace(' ', '_').replace(',', '')}_s{seed}"
+    if (run / "experiment.json").is_file():
+        return {"halves_differ": None} | read_json(run / "experiment.json")
+    folder = prepared(work, name)
+    fixed = ["--seed", str(seed), "--threads", str(threads), "--device", "cpu"]
+    seconds = ours("train", folder / "stack", *options.split(), *fixed, "-o", run)
+    ids, z = sample_points(run, folder / "simulated", count=count)
+    write_z(run / "points.csv", z)
+    (run / "points.txt").write_text("\n".join(map(str, ids)) + "\n")
+    drawing = ours(
+        "volumes", run, "--z", run / "points.csv", "--threads", str(threads), "-o", run / "volumes"
+    )
+    scores = evaluate(run / "volumes", folder / "simulated", run=run, particles=run / "points.txt")
+    found = {
+        "arm": arm,
+        "set": name,
+        "options": options,
+        "seed": seed,
+        "volumes": count,
+        "auc": scores["fsc_auc"]["moving"],
+        "each": scores["fsc_auc_each"]["moving"],
+        "r2": scores["latent"]["r2"],
+        "halves_differ": halves_differ(run, z),
+        "train_cpu_s": seconds,
+        "draw_cpu_s": drawing,
+    }
+    (run / "experiment.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def row(found: dict[str, Any]) -> str:
+    """One line of a table."""
+    differ = " / ".join(f"{share:.2f}" for share in found["halves_differ"] or [])
+    return (
+        f"| `{found['set']}` | {found['arm']} | {found['auc']:.3f} | {_r2(found['r2'])} | "
+        f"{found['train_cpu_s']:.0f} | {found['volumes']} | {differ} |"
+    )
+
+
+def brighter(work: Path, name: str, factor: float, noise: float) -> Path:
+    """The stack of a set whose images are multiplied by a number, with white noise of so much of their own
+    standard deviation added before.
+    """
+    made = work / f"{name}_times_{factor:g}_noise_{noise:g}"
+    if not (made / "stack" / "stack.json").is_file():
+        shutil.copytree(work / name / "simulated", made / "simulated", dirs_exist_ok=True)
+        rng = np.random.default_rng(0)
+        for path in sorted((made / "simulated").glob("**/*.mrcs")):
+            with mrcfile.open(path, "r+") as file:
+                images = file.data + noise * file.data.std() * rng.standard_normal(file.data.shape)
+                file.set_data((factor * images).astype(np.float32))
+        ours("import", made / "simulated" / "particles.star", "-o", made / "import")
+        ours("preprocess", made / "import", "--box-size", "32", "-o", made / "stack")
+    return made / "stack"
+
+
+def encoded(work: Path, threads: int) -> None:
+    """Train on every second particle, encode the others; then their images brighter, and noisier."""
+    folder = prepared(work, "hinge32")
+    stack, truth = folder / "stack", read_truth(folder / "simulated")
+    ids = Stack.open(stack).particles.particle_id
+    lists = [work / "runs" / name for name in ("even.txt", "odd.txt")]
+    lists[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, chosen in zip(lists, (ids[::2], ids[1::2]), strict=True):
+        path.write_text("\n".join(map(str, chosen)) + "\n")
+    stacks = {"others": stack}
+    stacks["ten times as bright"] = brighter(work, "hinge32", 10, 0)
+    stacks["and with twice the noise power"] = brighter(work, "hinge32", 10, 1)
+    print("| model | images | grey scale | R² | largest change of z |\n|---|---|---|---|---|")
+    for name, options in (("linear", "--method subspace"), ("default", ""), ("usual", USUAL)):
+        run = work / "runs" / f"even_{name}"
+        if not (run / "run.json").is_file():
+            fixed = ["--threads", str(threads), "--device", "cpu", "--subset", lists[0]]
+            ours("train", stack, *options.split(), *fixed, "-o", run)
+        print(f"| {name} | learnt from | 1 | {_r2(latent_scores(run, truth)['r2'])} | |", flush=True)
+        first = None
+        for words, path in stacks.items():
+            new = work / "runs" / f"even_{name}_{words.replace(' ', '_')}"
+            ours("encode", run, path, "--subset", lists[1], "-o", new)
+            z, grey = read_latents(new).z, read_json(new / "run.json")["grey_scale"]
+            first = z if first is None else first
+            moved = f"{np.abs(z - first).max():.2g}" if z is not first else ""
+            print(
+                f"| {name} | {words} | {grey:.3f} | {_r2(latent_scores(new, truth)['r2'])} | {moved} |",
+                flush=True,
+            )
+
+
+def _r2(r2: dict[str, float]) -> str:
+    return " / ".join(f"{r2[name]:.2f}" for name in ("motion", "occupancy") if name in r2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--encode", action="store_true", help="new images in trained models, nothing else")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the training; sets are fixed")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = str(options.threads)
+    if options.encode:
+        encoded(options.work.resolve(), options.threads)
+        return 0
+    print(
+        "| set | arm | FSC-AUC, moving | R² | train, CPU s | volumes | halves differ |\n" + "|---" * 7 + "|"
+    )
+    for arm in options.arms:
+        print(row(measured(options.work.resolve(), arm, options.threads, options.seed)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
