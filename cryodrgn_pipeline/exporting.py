@@ -79,7 +79,11 @@ def export_particles(import_dir: Path, output: Path, subset: Path | NDArray[Any]
                 f"-o {output}: {file} is a file the particles were imported from; choose another name"
             )
     group = output.with_suffix(".csg") if kind == "cs" else None
-    if group is not None and group.exists() and cs.GROUP_DESCRIPTION not in group.read_text("utf-8"):
+    if (
+        group is not None
+        and group.exists()
+        and cs.GROUP_DESCRIPTION not in group.read_text("utf-8", "replace")
+    ):
         raise ConfigError(f"-o {output}: {group} would be replaced, but is not ours; choose another name")
     ids = read_extra(import_dir / PARTICLES, ["particle_id"])["particle_id"]
     keep = np.ones(len(ids), dtype=bool)

@@ -191,7 +191,10 @@ def test_every_row_of_the_documented_table_is_tested() -> None:
     text = (CHECKOUT / "docs" / "workflow.md").read_text(encoding="utf-8")
     section = text.split("## What runs again", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| (.+?) \| .+ \|$", section, flags=re.MULTILINE)
-    assert rows == ["change", *CASES]
+    of_cryosparc = [
+        row for row in rows if "cryoSPARC" in row or "`push:`" in row
+    ]  # test_cryosparc_workflow.py
+    assert [row for row in rows if row not in of_cryosparc] == ["change", *CASES]
 
 
 @pytest.mark.parametrize("change", CASES)
