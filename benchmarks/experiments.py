@@ -192,7 +192,7 @@ def encoded(work: Path, threads: int) -> None:
     stacks["ten times as bright"] = brighter(work, "hinge32", 10, 0)
     stacks["and with twice the noise power"] = brighter(work, "hinge32", 10, 1)
     print("| model | images | grey scale | R² | largest change of z |\n|---|---|---|---|---|")
-    for name, options in (("linear", "--method subspace"), ("default", ""), ("usual", USUAL)):
+    for name, options in (("linear", "--method subspace"), ("default", "")):
         run = work / "runs" / f"even_{name}"
         if not (run / "run.json").is_file():
             fixed = ["--threads", str(threads), "--device", "cpu", "--subset", str(lists[0])]
