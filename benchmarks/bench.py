@@ -5,7 +5,8 @@
 
 Everything lies in WORK/SET: the set (`simulated`), ours (`METHOD_sSEED`), cryoDRGN's only run (`peer`, with
 its weights of every epoch) and its scores (`peer_epoch_N`). The set is fixed; seeds are of our training. Both
-programs draw volumes at the latents of the same 100 particles and are scored by `evaluate`.
+programs draw volumes at the latents of the same 100 particles and are scored by `evaluate`. Scores and losses
+of cryoDRGN's runs, which take hours, are kept in `peer_runs/SET.json` and stand for them where WORK has none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from cryodrgn_pipeline.headroom import headroom, reference_scores
 from cryodrgn_pipeline.io.runs import write_columns, write_z
 from cryodrgn_pipeline.stack import Stack
 
-SMALL = "--particles 4000 --box-size 32 --pixel-size 6.0 --seed 1"
+OTHER = "--particles 4000 --box-size 32 --pixel-size 6.0"
+SMALL = f"{OTHER} --seed 1"
 HARD = "--junk 0.15 --contrast-spread 0.25 --noise-colour 3 --pose-error 3 --shift-error 6"
 MTOR = "--hinge-chain A:1385-1760 --absent-chain C --motion-range 60 --occupancy 0.65"
 SETS: dict[str, tuple[str, str | None]] = {  # options of `simulate`, structure
@@ -39,6 +41,17 @@ SETS: dict[str, tuple[str, str | None]] = {  # options of `simulate`, structure
     "4jsv32": (f"{SMALL} --snr 0.3 {MTOR}", "4JSV_AC"),
     "large32": (f"{SMALL} --snr 0.15 --motion-range 180 --occupancy 1", None),
     "hard32": (f"{SMALL} --snr 0.25 {HARD}", None),
+    "single32": (f"{OTHER} --seed 5 --structure-seed 2 --snr 0.15 --motion-range 90 --occupancy 1", None),
+    "twist32": (
+        f"{OTHER} --seed 8 --structure-seed 4 --snr 0.2 --motion twist --motion-range 120 --occupancy 1",
+        None,
+    ),
+    "pref32": (f"{OTHER} --seed 12 --structure-seed 7 --snr 0.2 --orientations preferred", None),
+    "hinge64": (
+        "--particles 5000 --box-size 64 --pixel-size 3.0 --seed 13 --structure-seed 8 --snr 0.15 "
+        "--occupancy 1",
+        None,
+    ),
     "rigid32": (f"{SMALL} --snr 0.25 --motion none --occupancy 1", None),
     "species64": (
         "--particles 12000 --box-size 64 --pixel-size 3.0 --seed 1 --snr 0.15 --species 8",
@@ -49,13 +62,15 @@ MLP = "--method vae --encoder image --decoder mlp --encoder-width 256 --decoder-
 METHODS: dict[str, tuple[str, str]] = {  # options of `train` and of `volumes`
     "subspace": ("--method subspace", ""),
     "subspace_particles": ("--method subspace", "--source particles"),
-    "vae": ("--method vae", ""),
+    "default": ("", ""),
+    "basis": ("--decoder basis", ""),
     "mlp": (f"{MLP} --coordinate-fraction 0.25 --learning-rate 1e-3 --encoder-mask-radius 0.5", ""),
 }
 PEER_SIZE = "--zdim 8 --enc-dim 256 --dec-dim 256 --seed 0 --no-analysis"
 SCORED_EPOCHS = (1, 2, 5, 10, 20, 35, 50, 75, 100)
 EPOCH_LINE = re.compile(r"Epoch: (\d+) Average .*total loss = ([\d.]+); Finished in (\d+):(\d+):([\d.]+)")
 FLAT = 0.005  # fall of the loss over ten epochs, as a fraction, below which it counts as flat
+KEPT = HERE / "peer_runs"
 DUMP = "import sys, numpy, pickle; numpy.save(sys.argv[2], pickle.load(open(sys.argv[1], 'rb')))"
 
 
@@ -233,6 +248,23 @@ def score_peer(bench: Bench, folder: Path, epoch: int) -> Row:
     return row
 
 
+def keep_peer(folder: Path) -> None:
+    """Keep the scores of cryoDRGN's run on a set, and its loss and seconds of each epoch."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("peer_epoch_*/bench.json"))]
+    if rows:
+        epochs = epochs_of((folder / "peer" / "run.log").read_text())
+        known = {"simulate": SETS[folder.name][0], "epochs": epochs, "rows": rows}
+        KEPT.mkdir(exist_ok=True)
+        (KEPT / f"{folder.name}.json").write_text(json.dumps(known) + "\n")
+
+
+def kept_peer(name: str) -> list[Row]:
+    """The rows that `keep_peer` kept of this very set."""
+    path = KEPT / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"simulate": None}
+    return [Row(**row) for row in known["rows"]] if known["simulate"] == SETS[name][0] else []
+
+
 def peer_epochs(folder: Path) -> list[int]:
     """Epochs to score: those of SCORED_EPOCHS that are there, and the last one."""
     there = sorted(int(path.suffixes[-2][1:]) for path in (folder / "peer").glob("z.*.pkl"))
@@ -249,6 +281,8 @@ def collected(work: Path) -> list[Row]:
     cryoDRGN draws its volumes equally fast after any epoch: the fastest time stands for all, in its favour.
     """
     rows = [Row(**json.loads(path.read_text())) for path in sorted(work.glob("*/*/bench.json"))]
+    scored = {row.set for row in rows if row.method == PEER}
+    rows += [row for name in {row.set for row in rows} - scored for row in kept_peer(name)]
     for row in rows:
         if row.method == PEER:
             same = [other for other in rows if (other.set, other.method) == (row.set, PEER)]
@@ -267,7 +301,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=HERE / "work", help="scratch folder, one folder a set")
     parser.add_argument("--venv", type=Path, default=HERE / "work" / "cryodrgn_venv", help="cryoDRGN's")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["subspace", "vae"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["subspace", "default"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -282,6 +316,7 @@ def main() -> int:
             train_peer(bench, folder, options.peer_epochs)
         for epoch in peer_epochs(folder):
             score_peer(bench, folder, epoch)
+        keep_peer(folder)
         for method in options.methods:
             for seed in options.seeds:
                 run_ours(bench, folder, method, seed)

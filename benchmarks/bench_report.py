@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodrgn_pipeline.evaluate import paired_gain
+from cryodrgn_pipeline.evaluate import mean_gain, paired_gain
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PEER = "cryodrgn"
@@ -21,7 +21,8 @@ MASKS = ("unmasked", "union", "moving")
 class Row:
     """One run scored on one set: all that a table needs.
 
-    `wall_s` and `cpu_s` by step; `each` the 100 scores on the moving mask (union mask where nothing moves);
+    `wall_s` and `cpu_s` by step; `each` the 100 scores on the moving mask (union mask where nothing moves),
+    empty where only their mean was kept;
     `references` as `headroom.reference_scores` gives them; `epoch`, `converged` and `extra` are cryoDRGN's.
     """
 
@@ -46,6 +47,11 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.method}, epoch {self.epoch}" if self.epoch else f"{self.method}, seed {self.seed}"
+
+    @property
+    def score(self) -> float:
+        """Mean over the images, on the moving mask or, where nothing moves, on the union mask."""
+        return self.fsc_auc["moving"] if "moving" in self.fsc_auc else self.fsc_auc["union"]
 
     @property
     def total_wall_s(self) -> float:
@@ -76,6 +82,7 @@ def report(header: str, command: str, rows: list[Row], sets: dict[str, str]) -> 
         "memory are those of drawing the volumes only, since its training is cached.",
         scores_table(rows),
         gains_table(rows),
+        conclusion(rows),
         epochs_table(rows),
         "![scores](bench.png)",
     ]
@@ -140,22 +147,57 @@ def gains_table(rows: list[Row]) -> str:
         last = theirs[-1]
         for method in sorted({row.method for row in group} - {PEER}):
             ours = [row for row in group if row.method == method]
-            gain, low, high = paired_gain(np.mean([row.each for row in ours], axis=0), last.each)
+            gain, interval = float(np.mean([row.score for row in ours])) - last.score, "–"
+            if last.each:
+                gain, low, high = paired_gain(np.mean([row.each for row in ours], axis=0), last.each)
+                interval = f"{low:+.3f} … {high:+.3f}"
             wall = float(np.mean([row.total_wall_s for row in ours]))
             heads = [row.headroom for row in ours if row.headroom is not None]
             seeds = ", ".join(str(row.seed) for row in ours)
             lines.append(
-                f"| {name} | {method} | {seeds} | {gain:+.3f} | {low:+.3f} … {high:+.3f} | "
+                f"| {name} | {method} | {seeds} | {gain:+.3f} | {interval} | "
                 f"{_number(float(np.mean(heads)) if heads else None, 2)} | {last.total_wall_s / wall:.0f} | "
-                f"{'yes' if last.converged else 'no'} | {_number(at_time(theirs, wall))} |"
+                f"{'yes' if last.converged else 'no'} | {at_time(theirs, wall)} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def at_time(theirs: list[Row], wall_s: float) -> float | None:
-    """cryoDRGN's score at the last scored epoch that it reached within `wall_s`; None if none."""
-    reached = [float(np.mean(row.each)) for row in theirs if row.total_wall_s <= wall_s]
-    return reached[-1] if reached else None
+def at_time(theirs: list[Row], wall_s: float) -> str:
+    """cryoDRGN's score at the last scored epoch within `wall_s`; its first one, marked, where none is."""
+    reached = [row for row in theirs if row.total_wall_s <= wall_s]
+    if reached:
+        return _number(reached[-1].score)
+    first = theirs[0]
+    return f"none yet; {first.score:.3f} after epoch {first.epoch}, {first.total_wall_s:.0f} s"
+
+
+def conclusion(rows: list[Row]) -> str:
+    """The mean gain of each method over the sets on which cryoDRGN's loss is flat; each set counts alike."""
+    pairs: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    gains: dict[str, dict[str, float]] = {}
+    for name, group in by_set(rows):
+        theirs = [row for row in group if row.method == PEER]
+        if not theirs or not theirs[-1].converged:
+            continue
+        for method in sorted({row.method for row in group} - {PEER}):
+            ours = [row for row in group if row.method == method]
+            gains.setdefault(method, {})[name] = (
+                float(np.mean([row.score for row in ours])) - theirs[-1].score
+            )
+            if theirs[-1].each:
+                each = np.mean([row.each for row in ours], axis=0).tolist()
+                pairs.setdefault(method, {})[name] = (each, theirs[-1].each)
+    lines = []
+    for method, sets in gains.items():
+        mean = np.mean(list(sets.values()))
+        lines.append(f"`{method}` over converged cryoDRGN, mean of {', '.join(sets)}: {mean:+.3f}.")
+        if known := pairs.get(method):
+            mean, low, high = mean_gain(list(known.values()))
+            lines[-1] += (
+                f" Of those with scores by image ({', '.join(known)}): {mean:+.3f} "
+                f"({low:+.3f} … {high:+.3f}, 95 %, bootstrap over the images of each set)."
+            )
+    return "\n\n".join(lines)
 
 
 def epochs_table(rows: list[Row]) -> str:
@@ -165,7 +207,7 @@ def epochs_table(rows: list[Row]) -> str:
         if row.method == PEER:
             lines.append(
                 f"| {row.set} | {row.epoch} | {row.extra['loss']:.4f} | {row.total_wall_s:.0f} | "
-                f"{np.mean(row.each):.3f} | {_named(row.latent['r2'])} |"
+                f"{row.score:.3f} | {_named(row.latent['r2'])} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -188,7 +230,7 @@ def figure(rows: list[Row], path: Path) -> None:
             known = group[0].references[end]
             axis.axhline(known.get("moving", known["union"]), color="0.5", ls=style, label=end)
         for method in dict.fromkeys(row.method for row in group):
-            points = [(row.total_wall_s, float(np.mean(row.each))) for row in group if row.method == method]
+            points = [(row.total_wall_s, row.score) for row in group if row.method == method]
             axis.plot(
                 *zip(*points, strict=True),
                 "o-" if method == PEER else "*",

@@ -56,6 +56,7 @@ ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes th
         for arm, options in (
             ("subspace", "--method subspace"),
             ("default", ""),
+            ("basis", "--decoder basis"),
             ("residual", RESIDUAL),
             ("image basis", IMAGE_BASIS),
         )

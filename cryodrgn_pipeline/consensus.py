@@ -106,7 +106,7 @@ def consensus(
     check
         `stop` (raise where the data contradict a convention), `warn` or `off`.
     mask
-        Soft mask for the FSC on the stack's grid; found in the map where not given.
+        Soft mask for the FSC, resampled where its box is another; found in the map where not given.
     seed
         Deals the half sets where the source has none, and draws the check's subset.
 
@@ -128,7 +128,7 @@ def consensus(
     target, source = half_sets(stack.particles, seed)
     given = None if reference is None else read_reference(reference)
     of_reference = None if given is None else resample_volume(*given, d, p)
-    of_mask = None if mask is None else _mask_on_grid(mask, d)
+    of_mask = None if mask is None else _mask_on_grid(mask, d, p)
     tested = None
     if check != "off":
         tested = check_conventions(stack, reference=given, seed=seed)
@@ -224,17 +224,20 @@ def read_reference(path: Path) -> tuple[Tensor, float]:
     return torch.from_numpy(values), voxel_a
 
 
-def _mask_on_grid(path: Path, box_size_px: int) -> Tensor:
-    values, _ = read_volume(path)
-    if values.shape != (box_size_px,) * 3:
-        raise InputFormatError(
-            f"{path}: the mask has {' x '.join(map(str, values.shape[::-1]))} voxels, the stack "
-            f"{box_size_px} px; resample it to the stack's box"
-        )
+def _mask_on_grid(path: Path, box_size_px: int, pixel_size_a: float) -> Tensor:
+    values, voxel_a = read_volume(path)
     low, high = values.min(), values.max()
     if not (low >= -1e-3 and 0 < high <= 1.001):  # also where a voxel is no number
         raise InputFormatError(f"{path}: a mask lies between 0 and 1, this map in {low:.3g} ... {high:.3g}")
-    return torch.from_numpy(values).clamp(0, 1)
+    mask, shape = torch.from_numpy(values), values.shape
+    if shape != (box_size_px,) * 3:
+        if shape != (shape[0],) * 3 or shape[0] % 2 or voxel_a <= 0:
+            raise InputFormatError(
+                f"{path}: the mask has {' x '.join(map(str, shape[::-1]))} voxels of {voxel_a:.4g} Å, the "
+                f"stack {box_size_px} px; to be resampled it must be an even cube with a voxel size"
+            )
+        mask = resample_volume(mask, voxel_a, box_size_px, pixel_size_a)
+    return mask.clamp(0, 1)
 
 
 def _speak(tested: ConventionCheck, check: str, output: Path) -> None:

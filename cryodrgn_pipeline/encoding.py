@@ -20,12 +20,14 @@ from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.encoder import Reading
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
+from cryodrgn_pipeline.models.kernel import KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import encoded
+from cryodrgn_pipeline.subspace.kernel import placed
 from cryodrgn_pipeline.subspace.placing import Placement, not_shown, place
-from cryodrgn_pipeline.subspace.run import coordinates, linear_columns
+from cryodrgn_pipeline.subspace.run import coordinates, kernel_columns, linear_columns
 from cryodrgn_pipeline.training.batch import Placed
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.grey import grey_gain
@@ -107,6 +109,12 @@ def _placed(
     if isinstance(model, LinearModel):
         where = place(stack, rows, _subspace(model, run))
         return where.grey, linear_columns(where.posterior, model) | _offsets(where, stack)
+    if isinstance(model, KernelModel):
+        where = place(stack, rows, _subspace(model, run))
+        if where.seen is None:
+            raise _older(run)
+        latents = placed(where.seen, model.landmarks)
+        return where.grey, kernel_columns(latents, where.posterior.scale, model) | _offsets(where, stack)
     if isinstance(model, BasisModel):
         reading = model.reading
         vae: Network | None = model.vae if isinstance(model.vae, ImageBasisVae) else None
@@ -190,7 +198,7 @@ def _evaluated(
     return latent_columns(trainer.evaluate(rows, low_resolution_points(data)))
 
 
-def _subspace(model: LinearModel | BasisModel, run: Path) -> Subspace:
+def _subspace(model: LinearModel | BasisModel | KernelModel, run: Path) -> Subspace:
     if model.subspace is None:
         raise _older(run)
     return model.subspace

@@ -219,12 +219,23 @@ def paired_gain(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean of `first − second`, scores of the same M images, and the ends of its 95 % bootstrap interval."""
-    gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    if gain.ndim != 1 or not len(gain):
-        raise ValueError("paired scores must be two rows of equal length")
-    drawn = np.random.default_rng(seed).integers(len(gain), size=(BOOTSTRAP_SAMPLES, len(gain)))
-    low, high = np.quantile(gain[drawn].mean(axis=1), (0.025, 0.975))
-    return float(gain.mean()), float(low), float(high)
+    return mean_gain([(first, second)], seed=seed)
+
+
+def mean_gain(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """`paired_gain` over several sets, each of which counts alike; images are drawn within their set."""
+    rng = np.random.default_rng(seed)
+    gains, drawn = [], []
+    for first, second in pairs:
+        gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        if gain.ndim != 1 or not len(gain):
+            raise ValueError("paired scores must be two rows of equal length")
+        gains.append(gain.mean())
+        drawn.append(gain[rng.integers(len(gain), size=(BOOTSTRAP_SAMPLES, len(gain)))].mean(axis=1))
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    return float(np.mean(gains)), float(low), float(high)
 
 
 def cluster_ari(run: Path, truth: Truth) -> dict[str, float]:

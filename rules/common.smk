@@ -116,6 +116,12 @@ def gpus_for(step):
 
 def import_files(wildcards):
     dataset = dataset_of(wildcards)
+    if dataset["cryosparc"]["job"]:
+        return [f"<results>/{wildcards.dataset}/cryosparc/particles.cs"]
+    if not dataset["particles"]:
+        raise WorkflowError(
+            f"datasets.{wildcards.dataset}: needs particles (a file) or cryosparc (project and job)"
+        )
     return [local(dataset["particles"])]
 
 

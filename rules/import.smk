@@ -19,8 +19,9 @@ rule import_particles:
         folder=subpath(output.particles, parent=True),
         passthrough=passthrough_options,
         options=import_options,
+        datadir=fetched_datadir,
     message:
         "{wildcards.dataset}: reading the poses and CTFs of {input.particles}"
     shell:
-        "cryodrgn-pipeline import {input.particles:q} {params.passthrough:q} {params.options:q}"
+        "cryodrgn-pipeline import {input.particles:q} {params.passthrough:q} {params.options:q} {params.datadir:q}"
         " -o {params.folder:q} &> {log:q}"

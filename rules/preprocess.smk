@@ -32,6 +32,7 @@ rule reconstruct_consensus:
     input:
         stack="<results>/{dataset}/stack_{box}/stack.json",
         maps=own_maps,
+        fetched=fetched_summary,
     output:
         map="<results>/{dataset}/consensus_{box}/map.mrc",
         half1="<results>/{dataset}/consensus_{box}/half1.mrc",
@@ -52,7 +53,9 @@ rule reconstruct_consensus:
         stack=subpath(input.stack, parent=True),
         folder=subpath(output.summary, parent=True),
         options=consensus_options,
+        fetched=fetched_maps,
     message:
         "{wildcards.dataset}: backprojecting two half maps and checking the conventions"
     shell:
-        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q} -o {params.folder:q} &> {log:q}"
+        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q} {params.fetched:q}"
+        " -o {params.folder:q} &> {log:q}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,34 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if done.exit_code:
             pytest.fail(f"{command}: {done.output}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cryosparc4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment made as workflows/envs/cryosparc-4.7.yaml and its script say.
+
+    CRYODRGN_PIPELINE_TEST_CRYOSPARC4 may name one that is there already.
+    """
+    given = os.environ.get("CRYODRGN_PIPELINE_TEST_CRYOSPARC4")
+    if given:
+        return Path(given)
+    import yaml
+
+    checkout = Path(__file__).resolve().parents[1]
+    environment = yaml.safe_load((checkout / "workflows/envs/cryosparc-4.7.yaml").read_text(encoding="utf-8"))
+    (packages,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
+    folder = tmp_path_factory.mktemp("cryosparc4") / "venv"
+    python = folder / "bin" / "python"
+    commands = (
+        [sys.executable, "-m", "venv", folder],
+        [python, "-m", "pip", "install", "--quiet", *(package.replace(" ", "") for package in packages)],
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", checkout],
+    )
+    for command in commands:
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            message = f"cryosparc-tools 4.7 cannot be installed here: {done.stderr[-500:]}"
+            if os.environ.get("CI") == "true":
+                pytest.fail(message)
+            pytest.skip(message)
+    return python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
 import structures
-from bench_report import BEGIN, END, PEER, Row, at_time, final_rows, gains_table, rewrite, scores_table
+from bench_report import (
+    BEGIN,
+    END,
+    PEER,
+    Row,
+    at_time,
+    conclusion,
+    final_rows,
+    gains_table,
+    rewrite,
+    scores_table,
+)
 
 LOG = """=====> Epoch: 1 Average gen loss = 0.730874, KLD = 4.9, total loss = 0.731647; Finished in 0:00:24.9
 # [Train Epoch: 2/100] [2000/4000 particles] gen loss=0.520340, kld=21.1, beta=0.125000, loss=0.523668
@@ -43,7 +55,8 @@ def row(method: str, moving: float, **changes: object) -> Row:
 
 
 def peer(epoch: int, moving: float, wall_s: float) -> Row:
-    return row(PEER, moving, epoch=epoch, wall_s={"train": wall_s}, converged=False, extra={"loss": 0.5})
+    wall = {"train": wall_s, "volumes": 0.0}
+    return row(PEER, moving, epoch=epoch, wall_s=wall, converged=False, extra={"loss": 0.5})
 
 
 ROWS = [peer(1, 0.31, 5), peer(20, 0.40, 1000), row("subspace", 0.44), row("subspace", 0.46, seed=1)]
@@ -67,9 +80,25 @@ def test_the_gain_compares_the_mean_over_seeds_with_the_last_epoch():
 
 
 def test_at_equal_time_the_last_epoch_reached_counts():
-    assert at_time(ROWS[:2], 12.0) == pytest.approx(0.31)
-    assert at_time(ROWS[:2], 1.0) is None
-    assert at_time(ROWS[:2], 2000.0) == pytest.approx(0.40)
+    assert at_time(ROWS[:2], 12.0) == "0.310"
+    assert at_time(ROWS[:2], 1.0) == "none yet; 0.310 after epoch 1, 5 s"
+    assert at_time(ROWS[:2], 2000.0) == "0.400"
+
+
+def test_the_conclusion_counts_only_sets_on_which_cryodrgn_converged():
+    assert conclusion(ROWS) == ""
+    flat = [peer(20, 0.40, 1000), row("vae", 0.42)]
+    other = [replace(each, set="large32") for each in (peer(20, 0.30, 1000), row("vae", 0.38))]
+    rows = [replace(each, converged=True) for each in flat + other] + [
+        replace(each, set="rigid32") for each in ROWS
+    ]
+    said = conclusion(rows)
+    assert (
+        "mean of hinge32, large32: +0.050. Of those with scores by image (hinge32, large32): +0.050" in said
+    )
+    assert "rigid32" not in said
+    rows[2] = replace(rows[2], each=[])  # only the mean was kept
+    assert "large32: +0.050. Of those with scores by image (hinge32): +0.020 (" in conclusion(rows)
 
 
 def test_scores_name_each_final_run_with_the_ends_between_which_it_lies():
@@ -126,3 +155,19 @@ def test_rows_are_collected_with_the_fastest_drawing_of_cryodrgn(tmp_path):
         wall = {"train": 30.0 * epoch, "volumes": drawing}
         bench.keep(row(PEER, 0.3, epoch=epoch, wall_s=wall), folder)
     assert [each.total_wall_s for each in bench.collected(tmp_path)] == [39.0, 609.0]
+
+
+def test_kept_rows_of_cryodrgn_stand_where_there_is_no_run_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "KEPT", tmp_path / "kept")
+    work = tmp_path / "work"
+    for place, each in (("peer_epoch_20", peer(20, 0.4, 1000)), ("vae_s0", row("vae", 0.44))):
+        (work / "hinge32" / place).mkdir(parents=True)
+        bench.keep(each, work / "hinge32" / place)
+    (work / "hinge32" / "peer").mkdir()
+    (work / "hinge32" / "peer" / "run.log").write_text(LOG)
+    bench.keep_peer(work / "hinge32")
+    before = bench.collected(work)
+    shutil.rmtree(work / "hinge32" / "peer_epoch_20")
+    assert bench.collected(work) == before
+    monkeypatch.setitem(bench.SETS, "hinge32", ("--particles 1", None))
+    assert [each.method for each in bench.collected(work)] == ["vae"]

@@ -101,7 +101,6 @@ def test_all_mistakes_are_named_at_once_with_their_lines(tmp_path: Path) -> None
         "  beta: x\n"
         "preprocess: {box_size_px: 33}\n",
     )
-    assert "line 2, datasets.mine.particles: missing" in message
     assert "line 3, datasets.mine.particls: unknown key; did you mean particles?" in message
     assert "line 5, train.epochs: expected a whole number, found 'many'" in message
     assert "line 6, train.learning_rate" in message
@@ -184,3 +183,38 @@ def test_files_of_the_user_that_do_not_exist_are_listed(tmp_path: Path) -> None:
         "datasets.mine.mask: no map.mrc",
         "datasets.mine.subsets.few.ids: no few.txt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "problem"),
+    [
+        ("{}", "give either particles (a file) or cryosparc"),
+        (
+            "{particles: p.cs, cryosparc: {project: P3, job: J4}}",
+            "give either particles (a file) or cryosparc",
+        ),
+        ("{cryosparc: {project: P3}}", "give both, project and job"),
+        ("{cryosparc: {project: P3, job: J4}, datadir: d}", "passthrough and datadir belong to particles"),
+        ("{cryosparc: {project: P3, job: '42'}}", "expected cryoSPARC's name, such as P3"),
+        ("{particles: p.cs, push: {workspace: W1}}", "needs the project and the job"),
+        (
+            "{cryosparc: {project: P3, job: J4}, push: {project: P5}}",
+            "give both, project and job, or neither",
+        ),
+        ("{particles: p.cs, push: {subsets: [good]}}", "no subset good; there are: none"),
+        ("{particles: p.cs, subsets: {cryosparc: {ids: i.txt}}}", "this name is taken"),
+    ],
+)
+def test_what_is_wrong_about_cryosparc_is_named(tmp_path: Path, dataset: str, problem: str) -> None:
+    assert problem in refused(tmp_path, f"datasets: {{mine: {dataset}}}")
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "{cryosparc: {project: P3, job: J4}, push: {workspace: W1}}",
+        "{particles: p.cs, push: {workspace: W1, project: P3, job: J4}}",
+    ],
+)
+def test_a_job_of_cryosparc_replaces_the_particle_file(tmp_path: Path, dataset: str) -> None:
+    assert load_config(written(tmp_path, f"datasets: {{mine: {dataset}}}")).datasets["mine"].push.workspace

@@ -125,10 +125,21 @@ def test_a_mask_of_the_user_is_taken(stack: Stack, done: Path, tmp_path: Path) -
     np.testing.assert_allclose(table["fsc_masked"], table["fsc_unmasked"], atol=1e-6)
 
 
-def test_a_mask_of_another_box_or_range_is_refused(stack: Stack, tmp_path: Path) -> None:
+def test_a_mask_in_the_box_of_the_original_images_is_resampled(stack: Stack, tmp_path: Path) -> None:
+    for box in (24, 48):
+        edges_a = (np.indices((box,) * 3) - box // 2) * (24 * PIXEL_SIZE_A / box)
+        ball = np.clip(1.5 - np.sqrt((edges_a**2).sum(axis=0)) / (8 * PIXEL_SIZE_A), 0, 1)
+        write_volume(tmp_path / f"{box}.mrc", ball.astype(np.float32), 24 * PIXEL_SIZE_A / box)
+        consensus(stack.path, tmp_path / f"out{box}", check="off", mask=tmp_path / f"{box}.mrc")
+    same, resampled = (read_volume(tmp_path / f"out{box}" / "mask.mrc")[0] for box in (24, 48))
+    assert np.abs(resampled - same).max() < 0.05
+    assert 0 <= resampled.min() < resampled.max() <= 1
+
+
+def test_a_mask_of_an_odd_box_or_range_is_refused(stack: Stack, tmp_path: Path) -> None:
     other = tmp_path / "other.mrc"
-    write_volume(other, np.ones((20, 20, 20), np.float32), PIXEL_SIZE_A)
-    with pytest.raises(InputFormatError, match="20 x 20 x 20"):
+    write_volume(other, np.ones((21, 21, 21), np.float32), PIXEL_SIZE_A)
+    with pytest.raises(InputFormatError, match="21 x 21 x 21"):
         consensus(stack.path, tmp_path / "out", check="off", mask=other)
     for wrong_voxel in (7.0, np.nan):
         write_volume(other, np.ones((24, 24, 24), np.float32), PIXEL_SIZE_A)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cryodrgn_pipeline.cli import data, model, results, workflow  # noqa: F401  (they add their verbs)
+from cryodrgn_pipeline.cli import data, model, results, with_cryosparc, workflow  # noqa: F401  (they add their verbs)
 from cryodrgn_pipeline.cli._app import app
 from cryodrgn_pipeline.errors import CryodrgnPipelineError
 

@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 DATA, MODEL, RESULTS, WORKFLOW = "The data", "The model", "The results", "The workflow"
+CRYOSPARC = "cryoSPARC"
 
 
 class _StderrHandler(logging.Handler):

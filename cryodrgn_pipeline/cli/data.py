@@ -300,7 +300,7 @@ def consensus_verb(
         str, typer.Option(help="Where the data contradict a convention: stop, warn, or off (no check).")
     ] = "stop",
     mask: Annotated[
-        Path | None, typer.Option(help="Soft mask for the FSC, in the stack's box; default from the map.")
+        Path | None, typer.Option(help="Soft mask for the FSC, in any box; default from the map.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws half sets where the source has none.")] = 0,
 ) -> None:

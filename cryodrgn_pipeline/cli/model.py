@@ -22,8 +22,12 @@ def train(
         str, typer.Option(help="What the vae's encoder reads: subspace (posterior in it) or image.")
     ] = "subspace",
     decoder: Annotated[
-        str, typer.Option(help="What the vae draws with: basis (maps of the subspace) or mlp (a network).")
-    ] = "basis",
+        str,
+        typer.Option(
+            help="What the vae draws with: kernel or basis (maps in the subspace, weighed by a kernel's "
+            "functions or by a network), or mlp (a coordinate network)."
+        ),
+    ] = "kernel",
     latent_dim: Annotated[int, typer.Option(min=1, help="Size of z.")] = 8,
     subset: Annotated[
         Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
@@ -101,18 +105,27 @@ def train(
     Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
     checkpoint and ends; the same command with --resume goes on, to the same result.
 
-    The subspace and the default model take --latent-dim, --subset, --held-out-fraction, --seed and --threads.
-    Any other --encoder and --decoder is trained epoch by epoch. Then --encoder-… is for --encoder image;
-    --decoder-…, --positional-encoding, --domain, --mask-radius, --loss, --coordinate-fraction and
-    --frequency-marching are for --decoder mlp.
+    The subspace and the default model take --latent-dim, --subset, --seed and --threads; --decoder basis
+    also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch. Then
+    --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius, --loss,
+    --coordinate-fraction and --frequency-marching are for --decoder mlp.
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
-    expected = {"method": ("vae", "subspace"), "encoder": ("subspace", "image"), "decoder": ("basis", "mlp")}
+    expected = {
+        "method": ("vae", "subspace"),
+        "encoder": ("subspace", "image"),
+        "decoder": ("kernel", "basis", "mlp"),
+    }
     for name, value in (("method", method), ("encoder", encoder), ("decoder", decoder)):
         if value not in expected[name]:
             raise ConfigError(f"--{name} {value}: expected {' or '.join(expected[name])}")
-    if method == "subspace" or (encoder, decoder) == ("subspace", "basis"):
+    if method == "vae" and (encoder, decoder) == ("image", "kernel"):
+        raise ConfigError(
+            "--encoder image goes with --decoder basis or mlp: a kernel's functions are those of the place "
+            "in the subspace (--encoder subspace)"
+        )
+    if method == "subspace" or (encoder == "subspace" and decoder != "mlp"):
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
         train_subspace(
@@ -121,7 +134,7 @@ def train(
                 run=run,
                 subset=subset,
                 latent_dim=latent_dim,
-                nonlinear=method == "vae",
+                decoder="linear" if method == "subspace" else decoder,
                 held_out_fraction=held_out_fraction,
                 seed=seed,
                 threads=threads,

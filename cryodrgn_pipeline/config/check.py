@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cryodrgn_pipeline.config.models import Config, Dataset, Subset
+from cryodrgn_pipeline.config.models import CRYOSPARC_PATTERN, Config, Dataset, Subset
 from cryodrgn_pipeline.config.schema import json_schema
 from cryodrgn_pipeline.errors import ConfigError
 
 Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
 
-RESERVED_SUBSET = re.compile(r"import|(stack|consensus)_\d+")
+RESERVED_SUBSET = re.compile(r"import|cryosparc|(stack|consensus)_\d+")
 
 
 def load_config(path: Path) -> Config:
@@ -68,6 +68,7 @@ def missing_files(config: Config, directory: Path) -> list[str]:
     for name, dataset in config.datasets.items():
         named = [
             ("particles", dataset.particles),
+            ("cryosparc.project_folder", dataset.cryosparc.project_folder),
             ("reference", dataset.reference),
             ("mask", dataset.mask),
             ("datadir", dataset.datadir),
@@ -90,6 +91,8 @@ def _explained(error: ValidationError, content: Any) -> Iterator[Problem]:
             yield location, f"unknown key{_suggestion(location)}"
         elif detail["type"] == "missing":
             yield location, "missing; it has no default"
+        elif detail["type"] == "string_pattern_mismatch" and detail["ctx"]["pattern"] == CRYOSPARC_PATTERN:
+            yield location, f"expected cryoSPARC's name, such as P3, W1 or J42, found {detail['input']!r}"
         elif detail["type"] == "string_pattern_mismatch":
             yield location, f"{detail['input']!r} cannot be a name: use letters, digits, '_', '-' and '.'"
         else:
@@ -139,6 +142,8 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     """Yield what every key alone cannot show: names that point nowhere, choices that exclude each other."""
     for name, dataset in config.datasets.items():
         here: Location = ("datasets", name)
+        for within, problem in _source_problems(dataset):
+            yield (*here, *within), problem
         for key, subset in dataset.subsets.items():
             for problem in _subset_problems(dataset, key, subset):
                 yield (*here, "subsets", key), problem
@@ -147,6 +152,24 @@ def _contradictions(config: Config) -> Iterator[Problem]:
                 if subset_name != "all" and subset_name not in dataset.subsets:
                     known = ", ".join(["all", *dataset.subsets])
                     yield (*here, "runs", key, "subsets"), f"no subset {subset_name}; there are: {known}"
+
+
+def _source_problems(dataset: Dataset) -> Iterator[tuple[Location, str]]:
+    source, target = dataset.cryosparc, dataset.push
+    if (source.project is None) != (source.job is None):
+        yield ("cryosparc",), "give both, project and job"
+    if (dataset.particles is None) == (source.job is None):
+        yield (), "give either particles (a file) or cryosparc (project and job), and not both"
+    if source.job is not None and (dataset.passthrough or dataset.datadir):
+        yield ("cryosparc",), "passthrough and datadir belong to particles; a job knows its own"
+    if target.workspace is not None and (target.job or source.job) is None:
+        yield ("push",), "needs the project and the job that the particles are from"
+    if (target.project is None) != (target.job is None):
+        yield ("push",), "give both, project and job, or neither"
+    known = ", ".join(dataset.subsets) or "none"
+    for subset in target.subsets:
+        if subset not in dataset.subsets:
+            yield ("push", "subsets"), f"no subset {subset}; there are: {known}"
 
 
 def _subset_problems(dataset: Dataset, name: str, subset: Subset) -> Iterator[str]:

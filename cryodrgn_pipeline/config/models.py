@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+CRYOSPARC_PATTERN = r"^[PWJ][0-9]+$"
 OVERRIDES = "x-overrides"  # marks a section that lists only what differs from the one of the same name
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 PathText = Annotated[str, Field(min_length=1)]
+CryosparcId = Annotated[str, Field(pattern=CRYOSPARC_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -67,7 +69,7 @@ class Consensus(Section):
 
 
 class Train(Section):
-    """The latent model and its training; the default takes latent_dim, held_out_fraction and seed only."""
+    """The latent model and its training; the default takes latent_dim and seed only."""
 
     method: Literal["vae", "subspace"] = Field(
         "vae", description="vae, or subspace: linear; takes latent_dim and seed only"
@@ -75,8 +77,9 @@ class Train(Section):
     encoder: Literal["subspace", "image"] = Field(
         "subspace", description="what the vae's encoder reads: the posterior in the subspace, or the image"
     )
-    decoder: Literal["basis", "mlp"] = Field(
-        "basis", description="what the vae draws with: basis, maps of the subspace; mlp: a coordinate network"
+    decoder: Literal["kernel", "basis", "mlp"] = Field(
+        "kernel",
+        description="maps in the subspace by a kernel or by a network (basis); mlp: a coordinate network",
     )
     latent_dim: Count = Field(8, description="dimensions of z")
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
@@ -226,10 +229,46 @@ class Run(Section):
     volumes: Volumes = _overriding(Volumes())
 
 
+class CryosparcJob(Section):
+    """Particles of a job in a running cryoSPARC instead of a file."""
+
+    project: CryosparcId | None = Field(None, description="such as P3")
+    job: CryosparcId | None = Field(None, description="the refinement, such as J42")
+    output: PathText = Field("particles", description="its output of particles")
+    volume: PathText | None = Field("volume", description="its output with the consensus map; null = none")
+    mask: PathText | None = Field("mask", description="its output with a soft mask; null = none")
+    project_folder: PathText | None = Field(
+        None, description="where the project's folder is mounted here; null = as cryoSPARC says"
+    )
+
+
+class CryosparcPush(Section):
+    """Results of each run into cryoSPARC, as an external job; off without a workspace."""
+
+    workspace: CryosparcId | None = Field(None, description="where the external jobs go, such as W1")
+    project: CryosparcId | None = Field(None, description="null = that of cryosparc")
+    job: CryosparcId | None = Field(
+        None, description="the job that the particles are from; null = that of cryosparc"
+    )
+    output: PathText | None = Field(None, description="its output of particles; null = that of cryosparc")
+    clusters: bool = Field(True, description="one output of particles per cluster")
+    subsets: list[Name] = Field([], description="... and per named subset, in runs on all particles")
+    volumes: list[PathText] = Field(
+        ["centers"], description="series whose maps go along: centers, pc1, direct, graph"
+    )
+    import_volumes: bool = Field(
+        False, description="maps by cryoSPARC's own job Import 3D Volumes instead of outputs of ours"
+    )
+
+
 class Dataset(Section):
     """One consensus refinement and what is to be done with it."""
 
-    particles: PathText = Field(description="RELION .star or cryoSPARC .cs file of the refinement")
+    particles: PathText | None = Field(
+        None, description="RELION .star or cryoSPARC .cs file of the refinement; or use cryosparc"
+    )
+    cryosparc: CryosparcJob = Field(CryosparcJob(), description="a job in a running cryoSPARC instead")
+    push: CryosparcPush = Field(CryosparcPush(), description="results into cryoSPARC")
     passthrough: list[PathText] = Field([], description="cryoSPARC passthrough .cs files of the same job")
     datadir: PathText | None = Field(None, description="folder that the image paths are relative to")
     class_: Annotated[int, Field(ge=0)] | None = Field(
@@ -243,13 +282,22 @@ class Dataset(Section):
         None, description="your own consensus map (.mrc), so that hand and pixel size are checked as well"
     )
     mask: PathText | None = Field(
-        None, description="soft mask (.mrc, in the stack's box) for the FSC; null = from the map"
+        None, description="soft mask (.mrc) for the FSC, in any box; null = from the map"
     )
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())
     subsets: dict[Name, Subset] = Field({}, description="named particle subsets; 'all' is always there")
     runs: Annotated[dict[Name, Run], Field(min_length=1)] = Field(
         {"vae": Run()}, description="named trainings"
+    )
+
+
+class Cryosparc(Section):
+    """The command line that talks to cryoSPARC: of another environment, for another version of its client."""
+
+    executable: PathText = Field("cryodrgn-pipeline", description="a name on PATH, or a path")
+    tools: Literal["5", "4.7"] = Field(
+        "5", description="environment file to use with --software-deployment-method conda"
     )
 
 
@@ -271,4 +319,5 @@ class Config(Section):
     analyze: Analyze = Analyze()
     volumes: Volumes = Volumes()
     resources: Resources = Resources()
+    cryosparc: Cryosparc = Cryosparc()
     pathvars: Pathvars = Pathvars()

@@ -22,7 +22,11 @@ HEADER = """\
 EXAMPLE = """\
 #   mine:                              # any name
 #     particles: path/to/run_data.star # or a cryoSPARC .cs file
+#     # cryosparc: {project: P3, job: J42}      # instead of particles: from a running cryoSPARC
+#     # push: {workspace: W1}                   # ... and the results back into it
 """
+
+PLAIN_SECTIONS = ("cryosparc", "push", "conventions")  # of a dataset, with keys of their own
 
 MORE = """
 # Other particle subsets and other settings for single runs, below a dataset:
@@ -73,7 +77,7 @@ def _dataset_lines(given: dict[str, Any]) -> str:
         key = field.alias or name
         if key in given:
             lines.append(_commented(f"{key}: {_flow(given[key])}", field.description or ""))
-        elif isinstance(field.default, BaseModel) and key == "conventions":
+        elif isinstance(field.default, BaseModel) and key in PLAIN_SECTIONS:
             inner = ", ".join(f"{k}: {_flow(v)}" for k, v in field.default.model_dump().items())
             lines.append(f"# {key}: {{{inner}}}")
         elif not isinstance(field.default, BaseModel) and key not in ("subsets", "runs"):
@@ -117,7 +121,7 @@ def config_table() -> str:
     parts = []
     sections: list[tuple[str, type[BaseModel]]] = [
         ("datasets.NAME", Dataset),
-        ("datasets.NAME.conventions", type(Dataset.model_fields["conventions"].default)),
+        *((f"datasets.NAME.{name}", type(Dataset.model_fields[name].default)) for name in PLAIN_SECTIONS),
         ("datasets.NAME.subsets.NAME", Subset),
         ("datasets.NAME.runs.NAME", Run),
     ]

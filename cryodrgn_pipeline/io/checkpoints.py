@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel, BasisVae
 from cryodrgn_pipeline.models.encoder import Reading
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
+from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel, Landmarks
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.models.vae import GreyReference, Vae, VaeConfig, decoded_density
 
 MODEL_FILE = "model.safetensors"
-VAE, LINEAR, BASIS, RESIDUAL = (
-    f"cryodrgn_pipeline.{kind}.1" for kind in ("vae", "linear", "basis", "residual")
+FORMATS = VAE, LINEAR, BASIS, KERNEL, RESIDUAL = tuple(
+    f"cryodrgn_pipeline.{kind}.1" for kind in ("vae", "linear", "basis", "kernel", "residual")
 )
 Tensors = dict[str, torch.Tensor]
 
@@ -60,15 +61,15 @@ class TrainedModel:
         return drawn
 
 
-Model = TrainedModel | LinearModel | BasisModel
+Model = TrainedModel | LinearModel | BasisModel | KernelModel
 
 
 def save_model(path: Path, model: Model) -> None:
     """Write weights or maps and, as JSON metadata, what they belong to, atomically."""
     tensors, config = _parts(model)
-    kind = LINEAR if isinstance(model, LinearModel) else BASIS
+    kind = {LinearModel: LINEAR, BasisModel: BASIS, KernelModel: KERNEL}.get(type(model), VAE)
     if isinstance(model, TrainedModel):
-        kind = RESIDUAL if isinstance(model.vae, ResidualVae) else VAE
+        kind = RESIDUAL if isinstance(model.vae, ResidualVae) else kind
     meta = {"format": kind, "config": json.dumps(config), "pixel_size_a": repr(model.pixel_size_a)}
     if isinstance(model, TrainedModel):
         meta |= {"scale": repr(model.scale), "input_scale": repr(model.input_scale)}
@@ -90,6 +91,11 @@ def _parts(model: Model) -> tuple[Tensors, dict[str, Any]]:
     if isinstance(model, LinearModel):
         tensors = {"maps": model.maps, "spread": model.spread}
         config = {"latent_dim": model.latent_dim, "curved": model.curved}
+    elif isinstance(model, KernelModel):
+        tensors = {"maps": model.maps, "turn": model.turn}
+        for prefix, part in (("functions", model.functions), ("landmarks", model.landmarks)):
+            tensors |= {f"{prefix}.{each.name}": getattr(part, each.name) for each in fields(part)}
+        config = {"latent_dim": model.latent_dim}
     else:
         tensors = {"maps": model.maps, "turn": model.turn}
         tensors |= {f"vae.{name}": value for name, value in model.vae.state_dict().items()}
@@ -130,14 +136,23 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
     except SafetensorError as error:
         raise InputFormatError(f"{path}: not a readable safetensors file ({error}). Train again.") from error
     kind = meta.get("format")
-    if kind not in (VAE, LINEAR, BASIS, RESIDUAL):
-        known = f"{VAE!r}, {LINEAR!r}, {BASIS!r} or {RESIDUAL!r}"
-        raise InputFormatError(f"{path}: format {kind!r}, expected {known}.")
+    if kind not in FORMATS:
+        raise InputFormatError(f"{path}: format {kind!r}, expected one of {', '.join(FORMATS)}.")
     config, pixel_size_a = json.loads(meta["config"]), float(meta["pixel_size_a"])
     if kind == LINEAR:
         subspace = _subspace(tensors, config)
         on_device = {name: tensors[name].to(device) for name in ("maps", "spread")}
         return LinearModel(**on_device, pixel_size_a=pixel_size_a, subspace=subspace, **config)
+    if kind == KERNEL:
+        return KernelModel(
+            maps=tensors["maps"].to(device),
+            turn=tensors["turn"].to(device),
+            functions=KernelFunctions(**_under("functions.", tensors)).to(device),
+            landmarks=Landmarks(**_under("landmarks.", tensors)),
+            pixel_size_a=pixel_size_a,
+            subspace=_subspace(tensors, config),
+            latent_dim=config["latent_dim"],
+        )
     if kind == BASIS:
         return _basis_model(tensors, config, pixel_size_a, device)
     scale = float(meta["scale"])

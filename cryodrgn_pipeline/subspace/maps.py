@@ -13,7 +13,13 @@ from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
 from cryodrgn_pipeline.models.linear import LinearModel, factors
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import BasisLatents
-from cryodrgn_pipeline.subspace.em import SubspaceSettings, accumulate, component_shares, start_level
+from cryodrgn_pipeline.subspace.em import (
+    LevelState,
+    SubspaceSettings,
+    accumulate,
+    component_shares,
+    start_level,
+)
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.solve import solve
 from cryodrgn_pipeline.subspace.sums import half_grid_points
@@ -68,17 +74,14 @@ def basis_model(
     The factors are turned to their principal axes; at boxes whose normal equations would take more than
     8 GiB the weakest are left out, then the exact solve.
     """
-    d, iterations = stack.box_size_px, settings.cg_iterations + 1
+    d = stack.box_size_px
     good = ~fit.posterior.is_noise
     moving = latents.factors[good, 1:].double()
     mean = moving.mean(0)
     _, spread, axes = torch.linalg.svd(moving - mean, full_matrices=False)
     spread = spread / len(moving) ** 0.5
     rank = max(1, int((spread > 1e-3 * spread[0]).sum()))
-    while rank > 4 and required_bytes(d, 1 + rank, iterations) > BUDGET_BYTES:
-        rank -= 1
-    if required_bytes(d, 1 + rank, iterations) > BUDGET_BYTES:
-        iterations = 0
+    rank, iterations = affordable(d, rank, settings.cg_iterations + 1)
     log.info("maps at %d px: the mean and %d of %d factors", d, rank, len(mean))
     turn = torch.zeros(1 + len(mean), 1 + rank, dtype=torch.float64)
     turn[0, 0] = 1
@@ -105,18 +108,40 @@ def regressed_maps(
     shares
         `(K,)` prior power of each map as a share of the mean map's.
     """
-    where, d = fit.posterior, stack.box_size_px
-    used = ~where.is_noise
-    state = fit.level
-    if state.lattice.box_size_px != d:
-        state = fit.level = start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0)
-    squared = (where.scale**2 + where.scale_variance) * used
+    d, used = stack.box_size_px, ~fit.posterior.is_noise
+    if fit.level.lattice.box_size_px != d:
+        fit.level = start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0)
+    return maps_of(fit.level, fit, weights, shares, iterations, settings)
+
+
+def maps_of(
+    state: LevelState,
+    fit: Fit,
+    weights: Tensor,
+    shares: Tensor,
+    iterations: int,
+    settings: SubspaceSettings,
+) -> Tensor:
+    """The same at the box of a level: `(K, d, d, d)`."""
+    where = fit.posterior
+    squared = (where.scale**2 + where.scale_variance) * ~where.is_noise
     second = weights[:, :, None] * weights[:, None] * squared[:, None, None]
-    linear = weights * (where.scale * used)[:, None]
+    linear = weights * (where.scale * ~where.is_noise)[:, None]
     back, normal = accumulate(state.images, state.lattice, linear, second, settings, exact=iterations > 0)
     prior = shares[:, None] * state.mean_power
     maps = solve(state.lattice, back, normal, prior, iterations=iterations, kernel=settings.kernel)
     return maps * state.lattice.mask
+
+
+def affordable(box_size_px: int, maps: int, iterations: int) -> tuple[int, int]:
+    """How many of so many maps beside the mean can be solved for in 8 GiB, and with how many iterations.
+
+    The last maps are left out down to four, then the exact solve.
+    """
+    while maps > 4 and required_bytes(box_size_px, 1 + maps, iterations) > BUDGET_BYTES:
+        maps -= 1
+    fits = required_bytes(box_size_px, 1 + maps, iterations) <= BUDGET_BYTES
+    return maps, iterations if fits else 0
 
 
 def required_bytes(box_size_px: int, maps: int, iterations: int) -> int:

@@ -1,4 +1,4 @@
-"""From a stack to a run folder with a linear subspace, or with the nonlinear model in its span."""
+"""From a stack to a run folder with a linear subspace, or with a nonlinear model in its span."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
+from cryodrgn_pipeline.models.kernel import KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
+from cryodrgn_pipeline.subspace.kernel import KernelLatents, kernel_model
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.subspace.placing import kept_subspace
 from cryodrgn_pipeline.subspace.posterior import Posterior
@@ -33,29 +35,34 @@ from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
 
 log = logging.getLogger(__name__)
 
-BASIS_COMPONENTS = 12  # tried, of the subspace that the nonlinear model moves in
+NONLINEAR_COMPONENTS = 12  # tried, of the subspace that a nonlinear model moves in
+DECODERS = ("linear", "basis", "kernel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubspaceRequest:
     """A stack, the rows of it to use, how many coordinates, and threads (None: all).
 
-    `nonlinear`: go on to the network in the span of the maps; `held_out_fraction` of the particles then only
-    measure.
+    `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
+    `held_out_fraction` of the particles only measure that network.
     """
 
     stack: Path
     run: Path
     subset: Path | None
     latent_dim: int
-    nonlinear: bool
+    decoder: str
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder {self.decoder!r} is none of {', '.join(DECODERS)}")
+
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
-        tried = BASIS_COMPONENTS if self.nonlinear else self.latent_dim
+        tried = self.latent_dim if self.decoder == "linear" else NONLINEAR_COMPONENTS
         return SubspaceSettings(max_components=tried, seed=self.seed)
 
 
@@ -63,7 +70,7 @@ class SubspaceRequest:
 class Learnt:
     """A model with the columns of its latent table, and what the images say about its network's maps."""
 
-    model: LinearModel | BasisModel
+    model: LinearModel | BasisModel | KernelModel
     columns: dict[str, NDArray[Any]]
     seen: Seen | None = None
 
@@ -79,11 +86,12 @@ def train_subspace(request: SubspaceRequest) -> None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
     described = {
-        "method": "vae" if request.nonlinear else "subspace",
+        "method": "subspace" if request.decoder == "linear" else "vae",
+        "decoder": request.decoder,
         "stack": stack.fingerprint,
         "particles": digest([str(i) for i in stack.particles.particle_id[rows]]),
         "settings": asdict(request.settings()) | {"latent_dim": request.latent_dim},
-        "held_out_fraction": request.held_out_fraction if request.nonlinear else 0,
+        "held_out_fraction": request.held_out_fraction if request.decoder == "basis" else 0,
     }
     fingerprint, run = digest(described), request.run
     with only_writer(run):
@@ -96,7 +104,7 @@ def train_subspace(request: SubspaceRequest) -> None:
         manifest = environment() | {
             "method": described["method"],
             "encoder": "subspace",
-            "decoder": "basis" if request.nonlinear else "linear",
+            "decoder": request.decoder,
             "fingerprint": fingerprint,
             **about(request, stack, fit),
             "epochs": len(fit.history),
@@ -108,14 +116,17 @@ def train_subspace(request: SubspaceRequest) -> None:
 
 
 def learn(request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64]) -> tuple[Fit, Learnt]:
-    """The subspace of some rows of a stack, and the linear model in it or the nonlinear one.
+    """The subspace of some rows of a stack, and the linear model in it or a nonlinear one.
 
     Where held-out images support no component, the model is the mean map: a linear one either way.
     """
     settings = request.settings()
     fit = fit_subspace(stack, rows, settings)
-    if request.nonlinear and fit.posterior.z.shape[1]:
-        learnt = _nonlinear(request, stack, rows, fit, settings)
+    if request.decoder == "kernel" and fit.supported:
+        kernel, latents = kernel_model(stack, rows, fit, request.latent_dim, settings)
+        learnt = Learnt(model=kernel, columns=kernel_columns(latents, fit.posterior.scale, kernel))
+    elif request.decoder == "basis" and fit.supported:
+        learnt = _network(request, stack, rows, fit, settings)
     else:
         subspace = kept_subspace(stack, rows, fit, fit.level.maps, None)
         model = replace(linear_model(stack, rows, fit, request.latent_dim, settings), subspace=subspace)
@@ -135,7 +146,7 @@ def write_learnt(
     write_json(run / MANIFEST, manifest)
 
 
-def _nonlinear(
+def _network(
     request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64], fit: Fit, settings: SubspaceSettings
 ) -> Learnt:
     _, kept_out = split_held_out(
@@ -161,17 +172,30 @@ def _nonlinear(
 def linear_columns(where: Posterior, model: LinearModel) -> dict[str, NDArray[Any]]:
     """Coordinates with their whole posterior; those of components that were not kept are 0 ± 0."""
     where = where.turned(torch.diag(model.spread.double()))
-    deviation = where.covariance.diagonal(dim1=1, dim2=2).sqrt()
-    columns = coordinates(where.z, deviation, model.latent_dim)
-    for j in range(model.components):
-        for k in range(j):
-            columns[f"cov_{j}_{k}"] = where.covariance[:, j, k].float().numpy()
-    return columns | {
+    return _with_covariance(where.z, where.covariance, model.latent_dim) | {
         "loss": where.loss.float().numpy(),
         "contrast": where.scale.float().numpy(),
         "log_evidence": where.evidence.float().numpy(),
         "held_out": np.zeros(len(where.z), dtype=bool),
     }
+
+
+def kernel_columns(latents: KernelLatents, contrast: Tensor, model: KernelModel) -> dict[str, NDArray[Any]]:
+    """The same of a kernel's model."""
+    return _with_covariance(latents.z, latents.covariance, model.latent_dim) | {
+        "loss": latents.loss.float().numpy(),
+        "contrast": contrast.float().numpy(),
+        "log_evidence": latents.evidence.float().numpy(),
+        "held_out": np.zeros(len(latents.z), dtype=bool),
+    }
+
+
+def _with_covariance(z: Tensor, covariance: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:
+    columns = coordinates(z, covariance.diagonal(dim1=1, dim2=2).sqrt(), latent_dim)
+    for j in range(z.shape[1]):
+        for k in range(j):
+            columns[f"cov_{j}_{k}"] = covariance[:, j, k].float().numpy()
+    return columns
 
 
 def coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[Any]]:

@@ -186,7 +186,7 @@ def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
         run=request.run,
         subset=request.subset,
         latent_dim=request.model.latent_dim,
-        nonlinear=True,
+        decoder="basis",
         held_out_fraction=settings.held_out_fraction,
         seed=settings.seed,
         threads=settings.threads,

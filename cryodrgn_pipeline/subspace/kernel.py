@@ -1,0 +1,165 @@
+"""The nonlinear model that needs no network: maps of functions of the place in the subspace.
+
+Motions bend the cloud of particles in the subspace, and species part it. A Gaussian kernel, some standard
+deviations of a particle's own uncertainty wide, has principal functions that follow it; one solve gives a map
+for each. What an image says about these maps is then asked at each of some hundred landmarks, particles
+themselves: the weights of the landmarks are its posterior under the distribution that the particles really
+have (empirical Bayes, Robbins 1956; Laird 1978), and its mean is nearer the truth than one under N(0, 1).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel, Landmarks
+from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.basis import Seen, seen_of
+from cryodrgn_pipeline.subspace.em import SubspaceSettings
+from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.maps import affordable, maps_of, regressed_maps
+from cryodrgn_pipeline.subspace.placing import kept_subspace
+from cryodrgn_pipeline.subspace.sums import pack, pairs
+
+log = logging.getLogger(__name__)
+
+MAPS = 12  # functions that maps are made of
+DRAWN = 16  # functions of the final coordinates that stand for their factors
+WIDTH = 4.0  # of the kernel, in standard deviations of a particle's own posterior
+PRIOR = 3.0  # power of the first function's map, per shell, as a share of the mean map's
+LANDMARKS = 600
+SAMPLE = 20_000  # particles that functions are made principal over
+ROWS_AT_ONCE = 4096
+SMALLEST_STD = 1e-3  # of the spread of a coordinate: landmarks cannot say less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelLatents:
+    """Of N images: `z` `(N, d)` with `covariance` `(N, d, d)`, `factors` `(N, R)` expected there, `loss` and
+    `evidence` `(N,)`; float64.
+    """
+
+    z: Tensor
+    covariance: Tensor
+    factors: Tensor
+    loss: Tensor
+    evidence: Tensor
+
+
+def kernel_model(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    fit: Fit,
+    latent_dim: int,
+    settings: SubspaceSettings,
+    *,
+    report: Callable[[str], None] = log.info,
+) -> tuple[KernelModel, KernelLatents]:
+    """Maps at the stack's box and where the images lie; the fit's maps are replaced by those of the level.
+
+    Parameters
+    ----------
+    fit
+        A fit with at least one component. Images that it takes for noise are placed, but nothing is learnt
+        from them.
+    """
+    where, placing = fit.posterior, fit.level.maps
+    good = (~where.is_noise).nonzero()[:, 0]
+    rng = torch.Generator().manual_seed(settings.seed)
+    good = good[torch.randperm(len(good), generator=rng)]
+    chosen, sample = good[:LANDMARKS], good[:SAMPLE]
+    d, exact = stack.box_size_px, settings.cg_iterations + 1
+    most, iterations = affordable(d, MAPS, exact)
+    std = where.covariance.diagonal(dim1=1, dim2=2)[sample].mean(0).sqrt()
+    functions = KernelFunctions.of(where.z[sample], where.z[chosen], WIDTH * std, most)
+    weights, shares = functions.at(where.z), torch.cat([torch.ones(1).double(), PRIOR * functions.share])
+    fit.level.maps = maps_of(fit.level, fit, weights, shares, exact, settings)
+    seen = seen_of(fit.level, fit.known.poses, where, settings)
+    subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
+    turn = _to_coordinates(placing, where.z[sample], latent_dim)
+    landmarks = Landmarks(z=where.z[chosen] @ turn, factors=weights[chosen])
+    latents = placed(seen, landmarks, own=chosen)
+    report(
+        f"{len(functions)} functions of the place in the subspace: loss {float(latents.loss.mean()):.4f}, "
+        f"log evidence {float(latents.evidence.mean()):.2f} an image"
+    )
+    maps = fit.level.maps.clone()
+    if fit.level.lattice.box_size_px != d:
+        maps = regressed_maps(stack, rows, fit, weights, shares, iterations, settings)
+    drawn, turn = _as_functions(latents, chosen, sample)
+    model = KernelModel(
+        maps=maps,
+        functions=drawn,
+        turn=turn,
+        landmarks=landmarks,
+        latent_dim=latent_dim,
+        pixel_size_a=stack.pixel_size_a,
+        subspace=subspace,
+    )
+    return model, latents
+
+
+def placed(seen: Seen, landmarks: Landmarks, *, own: Tensor | None = None) -> KernelLatents:
+    """Where images lie among landmarks, from what they say about the maps.
+
+    Parameters
+    ----------
+    seen
+        Inner products of N images with the R maps, at each image's contrast.
+    own
+        `(M,)` which image each landmark is: no image is asked about itself, since its noise made its place.
+        None: the images are new.
+    """
+    factors, z = landmarks.factors, landmarks.z
+    count, r = factors.shape
+    double = torch.tensor([1.0 if j == k else 2.0 for j, k in pairs(r)], dtype=torch.float64)
+    products = pack(factors[:, :, None] * factors[:, None]) * double
+    squares = (z[:, :, None] * z[:, None]).flatten(1)
+    itself = torch.full((len(seen.inner),), -1)
+    if own is not None:
+        itself[own] = torch.arange(count)
+    parts = []
+    for rows in torch.split(torch.arange(len(seen.inner)), ROWS_AT_ONCE):
+        gain = seen.inner[rows].double() @ factors.T - pack(seen.gram[rows]).double() @ products.T / 2
+        at = itself[rows]
+        gain[(at >= 0).nonzero()[:, 0], at[at >= 0]] = -torch.inf
+        weight = torch.softmax(gain, dim=1)
+        mean = weight @ z
+        covariance = (weight @ squares).reshape(-1, *(z.shape[1],) * 2) - mean[:, :, None] * mean[:, None]
+        expected = weight @ factors
+        evidence = gain.logsumexp(1) - np.log(count) + seen.known[rows] / 2
+        loss = seen.loss(expected.float(), rows).double()
+        parts.append((mean, covariance, expected, loss, evidence))
+    mean, covariance, expected, loss, evidence = (torch.cat(part) for part in zip(*parts, strict=True))
+    least = (SMALLEST_STD * z.std(0)) ** 2
+    covariance = covariance + torch.diag(least)
+    return KernelLatents(z=mean, covariance=covariance, factors=expected, loss=loss, evidence=evidence)
+
+
+def _to_coordinates(maps: Tensor, z: Tensor, latent_dim: int) -> Tensor:
+    """Turns coordinates in the subspace into those of the latent table: `(J, min(J, latent_dim))`.
+
+    Distances there are distances between volumes: each axis is as long as its component is strong, and what
+    the axes beyond `latent_dim` say is given to principal ones.
+    """
+    powers = maps[1:].flatten(1).norm(dim=1).double()
+    turn = torch.diag(powers / powers.max())
+    if len(powers) <= latent_dim:
+        return turn
+    moved = z @ turn
+    axes: Tensor = torch.linalg.svd(moved - moved.mean(0), full_matrices=False)[2]
+    return turn @ axes[:latent_dim].T
+
+
+def _as_functions(latents: KernelLatents, chosen: Tensor, sample: Tensor) -> tuple[KernelFunctions, Tensor]:
+    """Functions of the final coordinates and what turns them into the factors expected there."""
+    z, variance = latents.z, latents.covariance.diagonal(dim1=1, dim2=2)
+    functions = KernelFunctions.of(z[sample], z[chosen], WIDTH * variance[sample].mean(0).sqrt(), DRAWN)
+    turn = torch.linalg.lstsq(functions.at(z[sample]), latents.factors[sample]).solution
+    return functions, turn
