@@ -280,7 +280,7 @@ def test_the_same_images_encoded_anew_lie_where_training_left_them(
     # images that are landmarks were not asked about themselves; most of these few are
     assert np.median(moved) < (0.1 if name == "kernel" else 0.02)
     assert name == "kernel" or moved.max() < 0.2
-    np.testing.assert_allclose(again.loss, trained.loss, rtol=0.02)
+    np.testing.assert_allclose(again.loss, trained.loss, rtol=0.05 if name == "kernel" else 0.02)
     manifest = json.loads((tmp_path / "again" / "run.json").read_text())
     assert manifest["grey_scale"] == pytest.approx(1, abs=1e-4)
 
