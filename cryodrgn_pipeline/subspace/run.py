@@ -39,7 +39,7 @@ class SubspaceRequest:
     """A stack, the rows of it to use, how many coordinates, and threads (None: all).
 
     `nonlinear`: go on to the network in the span of the maps; `held_out_fraction` of the particles then only
-    measure.
+    measure. `half_set`: the rows are of this half set (0 or 1), and noise is taken from its images alone.
     """
 
     stack: Path
@@ -50,6 +50,7 @@ class SubspaceRequest:
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
+    half_set: int | None = None
 
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
@@ -75,6 +76,8 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
+    if request.half_set is not None:
+        stack = stack.with_half_noise(request.half_set)
     settings = request.settings()
     described = {
         "method": "vae" if request.nonlinear else "subspace",
@@ -83,6 +86,8 @@ def train_subspace(request: SubspaceRequest) -> None:
         "settings": asdict(settings) | {"latent_dim": request.latent_dim},
         "held_out_fraction": request.held_out_fraction if request.nonlinear else 0,
     }
+    if request.half_set is not None:
+        described["noise_of_half_set"] = request.half_set
     fingerprint, run = digest(described), request.run
     with only_writer(run):
         if finished(run, fingerprint):
