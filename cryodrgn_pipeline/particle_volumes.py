@@ -1,6 +1,6 @@
 """Volumes from the particles themselves: the images near each latent point correct the model's own map.
 
-`particle_volumes_sums` says which particles speak for a point and sums their images,
+`particle_volumes_rings` says which particles speak for a point, `particle_volumes_sums` sums up their images,
 `particle_volumes_widths` chooses among kernels, `particle_volumes_maps` makes the map, the half maps and the
 FSC; here they meet run, stack and files. See docs/volumes.md.
 """
@@ -32,15 +32,8 @@ from cryodrgn_pipeline.particle_volumes_halves import half_states, own_halves
 from cryodrgn_pipeline.particle_volumes_maps import StateMap, fsc_of_halves, state_map
 from cryodrgn_pipeline.particle_volumes_members import Members, members_of, stack_of
 from cryodrgn_pipeline.particle_volumes_memory import GIB, Plan, plan_passes
-from cryodrgn_pipeline.particle_volumes_sums import (
-    SHARES,
-    Prediction,
-    Rings,
-    accumulate_targets,
-    packed_grids,
-    rings_of,
-    squared_distances,
-)
+from cryodrgn_pipeline.particle_volumes_rings import SHARES, Rings, rings_of, squared_distances
+from cryodrgn_pipeline.particle_volumes_sums import Prediction, accumulate_targets, packed_grids
 from cryodrgn_pipeline.progress import duration, progress
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.volumes import OURS, MapOptions, check_options, finished_map, support_columns
@@ -107,7 +100,7 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
         files = Files(folder=folder, names=names, options=request.options, stack=stack)
         (folder / "halves").mkdir()
         if request.independent_halves:
-            for number, row in _independent_halves(request, files, model.latent_dim):
+            for number, row in _independent_halves(request, files, model, drawn.kept_bytes):
                 table[number] |= row
         else:
             log.info("half sets' FSC is optimistic: z was learnt from both (fsc_independent is false)")
@@ -130,12 +123,12 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
 
 
 def _independent_halves(
-    request: ParticleVolumes, files: Files, latent_dim: int
+    request: ParticleVolumes, files: Files, model: Model, kept: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Write half maps that share nothing but where the target lies; each target's number and columns."""
-    own, targets = own_halves(request.run, latent_dim), request.targets
+    own, targets = own_halves(request.run, model.latent_dim), request.targets
     of_half = [
-        half_states(request.run, own, number, files.stack, targets, memory_gb=request.memory_gb)
+        half_states(request.run, own, number, files.stack, targets, kept=kept, memory_gb=request.memory_gb)
         for number in (0, 1)
     ]
     first = list(of_half[0])
@@ -200,17 +193,25 @@ class ModelOnStack:
 
     def plan(self, widths: int, memory_gb: float | None) -> Plan:
         """How many targets share a pass over the images."""
-        box_size_px, maps = self.stack.box_size_px, self.maps
-        kept = 0 if maps is None else maps.nbytes
-        grids = len(self.targets) if maps is None else len(maps)
+        targets = len(self.targets)
         return plan_passes(
-            box_size_px, len(self.targets), widths, grids=grids, kept=kept, memory_gb=memory_gb
+            self.stack.box_size_px,
+            targets,
+            widths,
+            grids=targets if self.maps is None else len(self.maps),
+            kept=self.kept_bytes,
+            memory_gb=memory_gb,
         )
 
     @property
     def maps(self) -> Tensor | None:
         """`(K, D0, D0, D0)` of a model that is made of maps."""
         return None if isinstance(self.model, TrainedModel) else self.model.maps
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of its maps."""
+        return 0 if self.maps is None else self.maps.nbytes
 
     @torch.no_grad()
     def map_at(self, target: int) -> Tensor:

@@ -26,13 +26,8 @@ from cryodrgn_pipeline.io.runs import read_covariances, read_json, read_latents
 from cryodrgn_pipeline.particle_volumes_maps import half_state
 from cryodrgn_pipeline.particle_volumes_members import Members, members_of, rows_in, stack_of
 from cryodrgn_pipeline.particle_volumes_memory import plan_passes
-from cryodrgn_pipeline.particle_volumes_sums import (
-    SHARES,
-    Rings,
-    accumulate_targets,
-    rings_of,
-    squared_distances,
-)
+from cryodrgn_pipeline.particle_volumes_rings import SHARES, Rings, rings_of, squared_distances
+from cryodrgn_pipeline.particle_volumes_sums import accumulate_targets
 from cryodrgn_pipeline.progress import duration, progress
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
@@ -106,11 +101,12 @@ def own_halves(run: Path, latent_dim: int) -> OwnHalves:
                 )
             )
     one, two = (int(read_json(own / "run.json")["components"]) for own in runs)
-    if min(one, two) < max(one, two, manifest.get("components", 0)):
+    of_all = min(latent_dim, int(manifest.get("components", 0)))
+    if min(one, two) < max(one, two, of_all):
         log.warning(
             "the half sets support %d and %d components, all particles %s: half maps average over what "
             "their half set does not see",
-            *(one, two, manifest.get("components", "an unknown number")),
+            *(one, two, of_all or "an unknown number"),
         )
     return OwnHalves(runs=runs, components=(one, two), of_source=source == "source")
 
@@ -122,11 +118,13 @@ def half_states(
     stack: Stack,
     targets: NDArray[np.float32],
     *,
+    kept: int,
     memory_gb: float | None,
 ) -> Iterator[HalfState]:
     """The map of one half set, 0 or 1, at each target `(T, J)` of a run in turn.
 
-    Nothing of the other half set is read.
+    Nothing of the other half set is read. `kept`: bytes that the caller holds meanwhile; `memory_gb`: as in
+    `plan_passes`.
     """
     own = halves.runs[number]
     members = members_of(own, stack, split_again=True)
@@ -135,9 +133,7 @@ def half_states(
     apart = np.where(members.counted[:, None], squared, np.inf)
     shares = SHARES if halves.components[number] else SHARES[-1:]  # without a component all are alike
     rings = rings_of(apart, shares)
-    kept = (
-        number * len(targets) * 4 * stack.box_size_px**3
-    )  # the first half set's maps, while the second's are made
+    kept += len(targets) * 4 * stack.box_size_px**3  # the maps of the first half set
     plan = plan_passes(stack.box_size_px, len(targets), rings.widths, grids=0, kept=kept, memory_gb=memory_gb)
     if plan.widths < rings.widths:
         rings = rings_of(apart, shares[-plan.widths :])

@@ -27,6 +27,7 @@ from cryodrgn_pipeline.fourier.padded import (
 from cryodrgn_pipeline.fourier.slices import gridding_window
 from cryodrgn_pipeline.particle_volumes_sums import DATA, RESIDUAL, KernelSums
 from cryodrgn_pipeline.particle_volumes_widths import (
+    POWER_SHARES,
     Choice,
     Support,
     blended,
@@ -38,7 +39,6 @@ from cryodrgn_pipeline.reconstruct import SMALLEST_WEIGHT
 from cryodrgn_pipeline.subspace.solve import BEYOND
 from cryodrgn_pipeline.subspace.support import support_mask
 
-POWER_SHARES = (1.0, 0.2, 0.04, 0.008)  # expected power of the residual, of the map's own
 CG_ITERATIONS = 2
 BOTH = (0, 1)
 
@@ -158,7 +158,7 @@ def solved(sums: KernelSums, width: int, support: Support, prior: Tensor) -> Ten
 def half_state(sums: KernelSums) -> tuple[Tensor, list[int]]:
     """The map of one half set `(D, D, D)` and the kernel of each band: its own two halves choose it."""
     support, power = support_and_power(sums, None)
-    choices = choose_widths(sums, support, shares_of(power), (DATA,))
+    choices = choose_widths(sums, support, power, (DATA,))
     widths = widths_of(choices[DATA], sums)
     return half_map(sums, BOTH, widths, power), widths
 
@@ -166,14 +166,17 @@ def half_state(sums: KernelSums) -> tuple[Tensor, list[int]]:
 def state_map(sums: KernelSums, model: Tensor, *, with_halves: bool) -> StateMap:
     """The map of one target from the sums around it and the model's own map `(D, D, D)`."""
     support, power = support_and_power(sums, model)
-    priors = shares_of(power)
-    choices = choose_widths(sums, support, priors, (RESIDUAL, DATA) if with_halves else (RESIDUAL,))
+    choices = choose_widths(sums, support, power, (RESIDUAL, DATA) if with_halves else (RESIDUAL,))
     halves, widths = None, []
     if with_halves:
         widths = widths_of(choices[DATA], sums)
         halves = half_map(sums, (0,), widths, power), half_map(sums, (1,), widths, power)
     chosen = choices[RESIDUAL]
-    by_choice = {each: solved(sums, each[0], support, priors[each[1]]) for each in chosen if each is not None}
+    by_choice = {
+        each: solved(sums, each[0], support, POWER_SHARES[each[1]] * power)
+        for each in chosen
+        if each is not None
+    }
     parts = {band: by_choice[choice] for band, choice in enumerate(chosen) if choice is not None}
     residual = blended(parts, sums.box_size_px)
     found = model + residual
@@ -184,11 +187,6 @@ def state_map(sums: KernelSums, model: Tensor, *, with_halves: bool) -> StateMap
         residual_width=[-1 if choice is None else choice[0] for choice in chosen],
         residual_share=float(residual.square().sum() / found.square().sum().clamp(min=1e-30)),
     )
-
-
-def shares_of(power: Tensor) -> Tensor:
-    """The priors to choose from, `(L, D/2+1)`."""
-    return torch.tensor(POWER_SHARES, dtype=torch.float64)[:, None] * power
 
 
 def widths_of(choices: list[Choice], sums: KernelSums) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cryodrgn_pipeline.fourier.masks import raised_cosine
 from cryodrgn_pipeline.fourier.padded import (
+    Ball,
     Window,
     central_box,
     overlap_window,
@@ -33,7 +34,11 @@ BANDS = 4
 BLEND_SHELLS = 1.5  # half the width over which neighbouring bands fade into each other
 SMALLEST_SIGNAL = 0.01  # of a shell's power: what is expected where the halves do not agree
 
-Choice = tuple[int, int] | None  # width and prior; None where no map predicts the other half better
+POWER_SHARES = (1.0, 0.2, 0.04, 0.008)  # expected power of what is solved for, of the density's own
+
+Choice = (
+    tuple[int, int] | None
+)  # width and prior, a number of POWER_SHARES; None where no map predicts the other half better
 
 
 def band_weights(box_size_px: int, *, smooth: bool) -> Tensor:
@@ -89,44 +94,69 @@ class Support:
         return cls(mask=mask, overlap=overlap_window(mask))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """Of the V points of a ball: the `ridge` (one over the expected power; enormous beyond the last shell),
+    the `band`, and how often each stands in the whole spectrum (0 beyond the last shell): `counted`.
+    """
+
+    ridge: Tensor
+    band: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of(cls, ball: Ball, power: Tensor) -> Points:
+        """Where the expected power per shell is `(D/2+1,)`."""
+        d, size = ball.box_size_px, ball.size
+        radius = ball.packed(slab_radius(size, slice(0, size)))
+        shell, inside = radius.round().long().clamp_(max=d // 2), radius <= d / 2
+        ridge = (1 / power).float()
+        twice = torch.full((size // 2 + 1,), 2.0)  # the half of the spectrum that is not stored
+        twice[0] = twice[-1] = 1
+        band = band_weights(d, smooth=False).argmax(dim=0)  # a shell on the edge of two belongs to one
+        return cls(
+            ridge=torch.where(inside, ridge[shell], BEYOND * ridge.max()),
+            band=band.to(torch.uint8)[shell],
+            counted=ball.packed(twice.expand(size, size, -1)) * inside,
+        )
+
+
 class Judge:
     """Scores maps against the images of one half that are nearest to a target.
 
-    −2 log likelihood, less that of no map: Σ operator |F|² − 2 Re F* images over the padded half spectrum.
+    −2 log likelihood, less that of no map: Σ operator |F|² − 2 Re F* images over the padded spectrum.
     """
 
-    def __init__(self, sums: KernelSums, half: int, kinds: tuple[int, ...]) -> None:
-        self.operator = windowed(sums.weight((half,), 0), splatting_window(sums.ball.size))
-        scale = sums.ball.size**3
+    def __init__(self, sums: KernelSums, half: int, points: Points, kinds: tuple[int, ...]) -> None:
+        ball, self.points = sums.ball, points
+        self.operator = ball.packed(windowed(sums.weight((half,), 0), splatting_window(ball.size)))
         self.images = {
-            kind: padded_spectrum(right_hand_side(sums, (half,), 0, kind)) / scale for kind in kinds
+            kind: ball.packed(padded_spectrum(right_hand_side(sums, (half,), 0, kind) / ball.size**3))
+            for kind in kinds
         }
 
-    def scores(self, spectrum: Tensor, weight: Tensor, ridges: Tensor, kind: int) -> Tensor:
-        """Of the maps `spectrum` / (`weight` + ridge), for L ridges and each band: `(L, BANDS)` float64.
+    def scores(self, spectrum: Tensor, weight: Tensor, kind: int) -> Tensor:
+        """Of the maps `spectrum` / (`weight` + ridge), by prior and band: `(priors, BANDS)` float64.
 
         Parameters
         ----------
         spectrum, weight
-            `(E, E, E/2+1)`.
-        ridges
-            `(L, D/2+2)` per shell, and beyond the last one.
+            `(V,)` complex and real.
         """
-        scores = torch.zeros(len(ridges), BANDS, dtype=torch.float64)
+        scores = torch.zeros(len(POWER_SHARES), BANDS, dtype=torch.float64)
         for part in slabs(weight.shape, 0):
-            shell, bands = _counted_bands(weight.shape[0], part)
-            seen = spectrum[part]
-            power = self.operator[part] * (seen.real.square() + seen.imag.square())
-            shared = 2 * (seen * self.images[kind][part].conj()).real
-            for number, ridge in enumerate(ridges):
-                gain = 1 / (weight[part] + ridge[shell])
+            seen, images, counted = spectrum[part], self.images[kind][part], self.points.counted[part]
+            power = self.operator[part] * (seen.real.square() + seen.imag.square()) * counted
+            shared = 2 * (seen.real * images.real + seen.imag * images.imag) * counted
+            for number, share in enumerate(POWER_SHARES):
+                gain = 1 / (weight[part] + self.points.ridge[part] / share)
                 each = (power * gain - shared) * gain
-                scores[number] += (bands @ each.flatten()).double()
+                scores[number] += torch.bincount(self.points.band[part], each.double(), minlength=BANDS)
         return scores
 
 
 def choose_widths(
-    sums: KernelSums, support: Support, priors: Tensor, kinds: tuple[int, ...]
+    sums: KernelSums, support: Support, power: Tensor, kinds: tuple[int, ...]
 ) -> dict[int, list[Choice]]:
     """The kernel width and the prior whose map of one half predicts the other half's nearest images best.
 
@@ -134,8 +164,8 @@ def choose_widths(
 
     Parameters
     ----------
-    priors
-        `(L, D/2+1)` expected power per shell, to choose from.
+    power
+        `(D/2+1,)` of the density per shell, of which the priors are shares.
     kinds
         RESIDUAL, DATA or both.
 
@@ -143,35 +173,23 @@ def choose_widths(
     -------
     For each kind the choice of each band.
     """
-    ridges = torch.cat([1 / priors, (1 / priors).amax(1, keepdim=True) * BEYOND], dim=1).float()
-    scores = {kind: torch.zeros(sums.widths, len(priors), BANDS, dtype=torch.float64) for kind in kinds}
+    ball = sums.ball
+    points = Points.of(ball, power)
+    scores = {kind: torch.zeros(sums.widths, len(POWER_SHARES), BANDS).double() for kind in kinds}
     for one, other in ((0, 1), (1, 0)):
-        judge = Judge(sums, other, kinds)
+        judge = Judge(sums, other, points, kinds)
         for width in range(sums.widths):
-            weight = windowed(sums.weight((one,), width), support.overlap).clamp_(min=0)
+            weight = ball.packed(windowed(sums.weight((one,), width), support.overlap)).clamp_(min=0)
             for kind in kinds:
                 back = right_hand_side(sums, (one,), width, kind) * support.mask
-                spectrum = padded_spectrum(back / sums.ball.size**3)
-                scores[kind][width] += judge.scores(spectrum, weight, ridges, kind)
+                spectrum = ball.packed(padded_spectrum(back / ball.size**3))
+                scores[kind][width] += judge.scores(spectrum, weight, kind)
     return {kind: [_best(scores[kind][..., band]) for band in range(BANDS)] for kind in kinds}
 
 
 def right_hand_side(sums: KernelSums, halves: tuple[int, ...], width: int, kind: int) -> Tensor:
     """What the sums of these halves under one kernel say about the voxels: `(D, D, D)`."""
     return central_box(sums.numerator(halves, width, kind)) / gridding_window(sums.box_size_px)
-
-
-def _counted_bands(size: int, part: slice) -> tuple[Tensor, Tensor]:
-    """Of planes of a padded half spectrum: the shell of each point, D/2 + 1 beyond the last one, and how
-    often a point stands in each band, `(BANDS, points)` float32.
-    """
-    d, radius = size // PADDING, slab_radius(size, part)
-    shell = torch.where(radius <= d / 2, radius.round().long().clamp(max=d // 2), d // 2 + 1)
-    band = band_weights(d, smooth=False).argmax(dim=0)  # a shell on the edge of two belongs to one
-    of_shell = torch.nn.functional.pad(torch.nn.functional.one_hot(band, BANDS).T.float(), (0, 1))
-    twice = torch.full((size // 2 + 1,), 2.0)  # the half of the spectrum that is not stored
-    twice[0] = twice[-1] = 1
-    return shell, (of_shell[:, shell] * twice).flatten(1)
 
 
 def _best(scores: Tensor) -> Choice:

@@ -87,8 +87,9 @@ class Stack:
 
     @cached_property
     def noise(self) -> dict[int, NDArray[np.float64]]:
-        """Noise power |F|² per shell 0 … D/2, `(D/2+1,)`, by optics group."""
-        return self._spectra(self.noise_column)
+        """Noise power |F|² per shell 0 … D/2, `(D/2+1,)`, by optics group, as far as it has such images."""
+        spectra = self._spectra(self.noise_column)
+        return {group: power for group, power in spectra.items() if not np.isnan(power).all()}
 
     @cached_property
     def total_power(self) -> dict[int, NDArray[np.float64]]:
