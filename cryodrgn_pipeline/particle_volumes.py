@@ -224,12 +224,14 @@ class ModelOnStack:
         """What it says of N particles at `z` `(N, J)`, at squared distances `(N, T)` from the targets."""
         ball = Ball(self.stack.box_size_px)
         if not isinstance(self.model, TrainedModel):
-            grids = packed_grids((self._on_grid(each) for each in self.model.maps), ball)
+            maps = self.model.maps
+            grids = packed_grids((self._on_grid(each) for each in maps), len(maps), ball)
             return Prediction(
                 grids=grids, factors=self.model.factors(torch.from_numpy(z).float()).float().cpu()
             )
         log.info("a decoder's prediction of each particle is its map at the nearest target")
-        grids = packed_grids((self.map_at(target) for target in range(len(self.targets))), ball)
+        count = len(self.targets)
+        grids = packed_grids((self.map_at(target) for target in range(count)), count, ball)
         nearest = torch.from_numpy(squared.argmin(axis=1))
         return Prediction(grids=grids, factors=torch.nn.functional.one_hot(nearest, len(grids)).float())
 

@@ -130,10 +130,13 @@ class KernelSums:
         return grid
 
 
-def packed_grids(maps: Iterable[Tensor], ball: Ball) -> Tensor:
-    """Maps `(D, D, D)` as `predicted` reads them: `(K, V)` complex64, made one at a time."""
+def packed_grids(maps: Iterable[Tensor], count: int, ball: Ball) -> Tensor:
+    """So many maps `(D, D, D)` as `predicted` reads them: `(K, V)` complex64, made one at a time."""
     window = gridding_window(ball.box_size_px)
-    return torch.stack([ball.packed(padded_spectrum(each / window)) for each in maps])
+    grids = torch.empty(count, ball.points, dtype=torch.complex64)
+    for grid, each in zip(grids, maps, strict=True):
+        grid.copy_(ball.packed(padded_spectrum(each / window)))
+    return grids
 
 
 def predicted(

@@ -89,7 +89,7 @@ def sums_around(
     images: FourierImages, ring: np.ndarray, models: torch.Tensor, factors: torch.Tensor, kernel: str = "auto"
 ) -> TargetSums:
     ball = Ball(BOX)
-    prediction = predicted(packed_grids(models, ball), ball, factors, images, kernel=kernel)
+    prediction = predicted(packed_grids(models, len(models), ball), ball, factors, images, kernel=kernel)
     values = image_values(images, white(images, 100.0), torch.ones(len(images)), prediction)
     sums = TargetSums(BOX, ring.shape[1], int(ring.max()) + 1, kernel=kernel)
     sums.add(images, values, torch.from_numpy(ring), torch.arange(len(images)) % 2)
@@ -114,7 +114,7 @@ def test_compiled_sums_and_predictions_equal_torch(two_states) -> None:
     factors = torch.from_numpy(np.random.default_rng(0).normal(size=(len(images), 2))).float()
     factors[::2, 0] = 0
     ball = Ball(BOX)
-    grids = packed_grids(volumes, ball)
+    grids = packed_grids(volumes, len(volumes), ball)
     slices = [predicted(grids, ball, factors, images, kernel=kernel) for kernel in ("torch", "numba")]
     assert (slices[0] - slices[1]).abs().max() < 1e-4 * slices[0].abs().max()
     one, other = (sums_around(images, ring, volumes, factors, kernel).sums for kernel in ("torch", "numba"))

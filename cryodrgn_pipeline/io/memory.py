@@ -40,10 +40,12 @@ def _left_of_limits() -> list[int]:
             break
         try:
             limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except OSError:
             continue
         if limit != "max":
-            left.append(max(0, int(limit) - int(used)))
+            cache = int(counts.get("inactive_file", 0))  # files read before, dropped when memory is needed
+            left.append(max(0, int(limit) - int(used) + cache))
     return left
 
 
