@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.6  # of the memory that is available, unless a budget is given
 GIB = 2**30
-PADDED_ARRAYS, BOX_ARRAYS = 11, 10  # float32, on the padded half spectrum and on the box: work on one target
+PADDED_ARRAYS, BOX_ARRAYS = 14, 10  # float32, on the padded half spectrum and on the box: work on one target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,6 +184,7 @@ def choose_widths(
                 back = right_hand_side(sums, (one,), width, kind) * support.mask
                 spectrum = ball.packed(padded_spectrum(back / ball.size**3))
                 scores[kind][width] += judge.scores(spectrum, weight, kind)
+        del judge  # before the other half's is made
     return {kind: [_best(scores[kind][..., band]) for band in range(BANDS)] for kind in kinds}
 
 

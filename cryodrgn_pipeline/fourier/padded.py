@@ -16,7 +16,7 @@ from torch import Tensor
 from cryodrgn_pipeline.fourier.slices import PADDING
 from cryodrgn_pipeline.fourier.transforms import rfftn_radius
 
-CHUNK_POINTS = 2**21
+CHUNK_POINTS = 2**20
 
 Window = Callable[[slice], Tensor]
 
@@ -55,7 +55,7 @@ def ball_points(box_size_px: int) -> int:
 
 
 def slabs(shape: Sequence[int], axis: int) -> Iterator[slice]:
-    """Slices along an axis of a grid that hold about two million points each."""
+    """Slices along an axis of a grid that hold about a million points each."""
     step = max(1, CHUNK_POINTS * shape[axis] // math.prod(shape))
     return (slice(at, min(at + step, shape[axis])) for at in range(0, shape[axis], step))
 
@@ -72,8 +72,8 @@ def padded_spectrum(volume: Tensor) -> Tensor:
     d = volume.shape[0]
     size = PADDING * d
     phase = torch.polar(torch.ones(size), math.pi * d / size * torch.arange(size).float())
-    lines = torch.fft.rfft(volume, n=size, dim=2) * phase[: size // 2 + 1]
-    planes = torch.fft.fft(lines, n=size, dim=1) * phase[:, None]
+    lines = torch.fft.rfft(volume, n=size, dim=2).mul_(phase[: size // 2 + 1])
+    planes = torch.fft.fft(lines, n=size, dim=1).mul_(phase[:, None])
     out = torch.empty(size, size, size // 2 + 1, dtype=torch.complex64)
     for part in slabs(out.shape, 1):
         out[:, part] = torch.fft.fft(planes[:, part], n=size, dim=0) * phase[:, None, None]
