@@ -118,7 +118,7 @@ def solved(sums: KernelSums, width: int, support: Support, prior: Tensor) -> Ten
     shell, inside = unpadded_shells(d)
     target = right_hand_side(sums, BOTH, width, RESIDUAL) * mask
     weight = sums.weight(BOTH, width)
-    (blocks,) = windowed_unpadded(weight, support.overlap)
+    blocks = windowed_unpadded(weight, support.overlap)
     inverse = 1 / (blocks.clamp(min=0) + ridge[torch.where(inside, shell, d // 2 + 1)])
     operator = windowed(weight, splatting_window(size))
     del weight, blocks

@@ -120,19 +120,17 @@ def windowed(weight: Tensor, window: Window) -> Tensor:
     return result
 
 
-def windowed_unpadded(weight: Tensor, *windows: Window) -> list[Tensor]:
-    """As `windowed`, for several windows, at the frequencies of the box alone: `(D, D, D/2+1)` each."""
+def windowed_unpadded(weight: Tensor, window: Window) -> Tensor:
+    """As `windowed`, at the frequencies of the box alone: `(D, D, D/2+1)`."""
     half = _planes_transformed(weight)
     size, d = half.shape[0], half.shape[0] // PADDING
-    folded = [torch.zeros(d, d, d) for _ in windows]
+    folded = torch.zeros(d, d, d)
     for part in slabs(half.shape, 0):
-        rows = torch.fft.irfft(half[part], n=size, dim=2)
-        places = torch.arange(part.start, part.stop) % d
-        for total, window in zip(folded, windows, strict=True):
-            seen = rows * window(part)
-            seen = seen[:, :d] + seen[:, d:]
-            total.index_add_(0, places, seen[..., :d] + seen[..., d:])
-    return [torch.fft.rfftn(total).real for total in folded]
+        rows = torch.fft.irfft(half[part], n=size, dim=2) * window(part)
+        rows = rows[:, :d] + rows[:, d:]
+        folded.index_add_(0, torch.arange(part.start, part.stop) % d, rows[..., :d] + rows[..., d:])
+    result: Tensor = torch.fft.rfftn(folded).real
+    return result
 
 
 def splatting_window(size: int) -> Window:
