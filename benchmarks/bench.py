@@ -46,7 +46,19 @@ SETS: dict[str, tuple[str, str | None]] = {  # options of `simulate`, structure
         f"{OTHER} --seed 8 --structure-seed 4 --snr 0.2 --motion twist --motion-range 120 --occupancy 1",
         None,
     ),
+    "slide32": (
+        f"{OTHER} --seed 9 --structure-seed 5 --snr 0.2 --motion slide --motion-range 60 --occupancy 0.5",
+        None,
+    ),
+    "large32b": (f"{OTHER} --seed 11 --structure-seed 6 --snr 0.15 --motion-range 180 --occupancy 1", None),
     "pref32": (f"{OTHER} --seed 12 --structure-seed 7 --snr 0.2 --orientations preferred", None),
+    "hinge32b": (f"{OTHER} --seed 7 --structure-seed 3 --snr 0.25", None),
+    "clean32": (f"{OTHER} --seed 21 --structure-seed 11 --snr 2", None),
+    "species32": (
+        "--particles 6000 --box-size 32 --pixel-size 6.0 --seed 16 --structure-seed 10 --snr 0.15 "
+        "--species 5",
+        None,
+    ),
     "hinge64": (
         "--particles 5000 --box-size 64 --pixel-size 3.0 --seed 13 --structure-seed 8 --snr 0.15 "
         "--occupancy 1",
