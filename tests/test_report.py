@@ -405,8 +405,12 @@ def make_subspace_run(run: Path, kept: int) -> Path:
     return run
 
 
-def test_a_subspace_run_is_reported_in_its_own_words(tmp_path: Path):
+@pytest.mark.parametrize("default", [False, True])
+def test_a_run_without_a_network_is_reported_in_its_own_words(tmp_path: Path, default: bool):
     run = make_subspace_run(tmp_path, kept=2)
+    if default:
+        manifest = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(manifest | {"method": "vae", "decoder": "kernel"}))
     page = Page(write_report(ReportRequest(run=run)).read_text(encoding="utf-8"))
     for words in (
         "iterations 4",

@@ -80,8 +80,9 @@ class Gathered:
 
     @property
     def is_subspace(self) -> bool:
-        """Whether the run is that of `train --method subspace`."""
-        return (self.manifest or {}).get("method") == "subspace"
+        """Whether the run was learnt by expectation maximisation, without epochs of a network."""
+        known = self.manifest or {}
+        return known.get("method") == "subspace" or known.get("decoder") == "kernel"
 
 
 def gather(

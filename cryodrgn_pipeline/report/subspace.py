@@ -1,4 +1,4 @@
-"""What a run of `train --method subspace` says: how many components the images support, and how surely."""
+"""What a run without a network says: how many components the images support, and how surely."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def _components_finding(manifest: Mapping[str, Any]) -> tuple[str, str]:
         words += f" The last one kept adds {_gain(gains[kept - 1])} to the log evidence of an image"
         words += f", the next {_gain(gains[kept])}." if len(gains) > kept else "."
     if kept == tried:
-        return "open", words + " All that were tried are kept: more may be there (--latent-dim)."
+        more = " (--latent-dim)" if manifest.get("method") == "subspace" else ""
+        return "open", words + f" All that were tried are kept: more may be there{more}."
     return "good", words
 
 
