@@ -113,7 +113,7 @@ def _placed(
         where = place(stack, rows, _subspace(model, run))
         if where.seen is None:
             raise _older(run)
-        latents = placed(where.seen, model.landmarks)
+        latents = placed(where.seen, where.posterior.z, model.placing, model.axes)
         return where.grey, kernel_columns(latents, where.posterior.scale, model) | _offsets(where, stack)
     if isinstance(model, BasisModel):
         reading = model.reading

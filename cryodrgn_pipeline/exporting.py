@@ -19,7 +19,7 @@ from cryodrgn_pipeline.conventions import (
 )
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.io import cs, star
-from cryodrgn_pipeline.io.ids import read_id_rows
+from cryodrgn_pipeline.io.ids import id_rows, is_in, read_id_rows
 from cryodrgn_pipeline.io.imported import PARTICLES, read_info
 from cryodrgn_pipeline.io.tables import read_extra, read_particles
 from cryodrgn_pipeline.particles import UNKNOWN_BOX, ParticleSet
@@ -41,11 +41,12 @@ class Exported:
     particles: int
 
 
-def export_particles(import_dir: Path, output: Path, subset: Path | None = None) -> Exported:
+def export_particles(import_dir: Path, output: Path, subset: Path | NDArray[Any] | None = None) -> Exported:
     """Write the imported particles, or some of them, as a `.star` or `.cs` file.
 
     An output of the source's own kind is the original table with rows taken out: every column, the order and
-    each value as written stay. The other kind is written anew from poses and CTF.
+    each value as written stay. The other kind is written anew from poses and CTF. Beside a `.cs` file goes
+    the `.csg` that cryoSPARC imports.
 
     Parameters
     ----------
@@ -54,14 +55,15 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
     output
         File to write; its suffix says which kind.
     subset
-        Text file with one particle id per line; None takes all imported particles.
+        Text file with one particle id per line, or the ids; None takes all imported particles.
 
     Raises
     ------
     InputFormatError
         If the subset names unknown ids, or the source changed or vanished since the import.
     ConfigError
-        If the suffix is neither `.star` nor `.cs`, or an output would replace a file of the source.
+        If the suffix is neither `.star` nor `.cs`, or an output would replace a file of the source or a
+        group file (`.csg`) that another program wrote.
     """
     import_dir, output = Path(import_dir), Path(output)
     kind = KINDS.get(output.suffix.lower())
@@ -76,11 +78,18 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
             raise ConfigError(
                 f"-o {output}: {file} is a file the particles were imported from; choose another name"
             )
+    group = output.with_suffix(".csg") if kind == "cs" else None
+    if (
+        group is not None
+        and group.exists()
+        and cs.GROUP_DESCRIPTION not in group.read_text("utf-8", "replace")
+    ):
+        raise ConfigError(f"-o {output}: {group} would be replaced, but is not ours; choose another name")
     ids = read_extra(import_dir / PARTICLES, ["particle_id"])["particle_id"]
     keep = np.ones(len(ids), dtype=bool)
     if subset is not None:
         keep[:] = False
-        keep[read_id_rows(subset, ids, f"the import {import_dir}")] = True
+        keep[_chosen(subset, ids, f"the import {import_dir}")] = True
     if same_kind:
         _say_what_stays(info)
         for record in (info["source"], *info["passthrough"]):
@@ -90,16 +99,17 @@ def export_particles(import_dir: Path, output: Path, subset: Path | None = None)
     else:
         particles = _with_source_paths(read_particles(import_dir), info).take(keep)
         (write_cs if kind == "cs" else write_star)(particles, output)
+    if group is not None:
+        cs.write_group(files, group)
+        files.append(group)
     log.info("%d of %d particles written to %s", int(keep.sum()), len(ids), output)
     return Exported(files=tuple(files), particles=int(keep.sum()))
 
 
-def _is_in(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.bool_]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    found: NDArray[np.bool_] = pc.is_in(pa.array(values), pa.array(among)).to_numpy(zero_copy_only=False)
-    return found
+def _chosen(subset: Path | NDArray[Any], ids: NDArray[Any], where: str) -> NDArray[np.int64]:
+    if isinstance(subset, np.ndarray):
+        return id_rows(subset, ids, where, "the selection")
+    return read_id_rows(subset, ids, where)
 
 
 def _say_what_stays(info: dict[str, Any]) -> None:
@@ -114,7 +124,7 @@ def _passthrough_names(output: Path, count: int) -> list[Path]:
 
 def _write_masked_star(source: Path, keep: NDArray[Any], output: Path) -> None:
     particles, optics = find_tables(source)
-    mask = _is_in(source_ids(source), keep)
+    mask = is_in(source_ids(source), keep)
     masks = {particles.name: mask}
     if optics is not None and "rlnOpticsGroup" in particles.columns:
         groups = star.read_table(source, optics, [], ["rlnOpticsGroup"]).integers("rlnOpticsGroup")

@@ -1,13 +1,15 @@
 """Volumes from the particles themselves: the images near each latent point correct the model's own map.
 
-`particle_volumes_sums` says which particles speak for a point and sums their images, `particle_volumes_maps`
-makes the map, the half maps and the FSC of it; here they meet run, stack and files. See docs/volumes.md.
+`particle_volumes_rings` says which particles speak for a point, `particle_volumes_sums` sums up their images,
+`particle_volumes_widths` chooses among kernels, `particle_volumes_maps` makes the map, the half maps and the
+FSC; here they meet run, stack and files. See docs/volumes.md.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +21,24 @@ from torch import Tensor
 
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.fourier.fsc import resolution_a
-from cryodrgn_pipeline.fourier.slices import resample_volume, volume_grid
-from cryodrgn_pipeline.half_sets import half_sets
+from cryodrgn_pipeline.fourier.padded import Ball
+from cryodrgn_pipeline.fourier.slices import resample_volume
 from cryodrgn_pipeline.io.atomic import replacing_directory
 from cryodrgn_pipeline.io.checkpoints import Model, TrainedModel, load_model
-from cryodrgn_pipeline.io.ids import read_id_rows
+from cryodrgn_pipeline.io.memory import peak_bytes
 from cryodrgn_pipeline.io.mrc import write_volume
-from cryodrgn_pipeline.io.runs import read_covariances, read_json, read_latents, write_columns
-from cryodrgn_pipeline.particle_volumes_maps import BANDS, StateMap, state_map
-from cryodrgn_pipeline.particle_volumes_sums import (
-    SHARES,
-    Rings,
-    accumulate_targets,
-    rings_of,
-    squared_distances,
-    sums_bytes,
-)
+from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.particle_volumes_halves import half_states, own_halves
+from cryodrgn_pipeline.particle_volumes_maps import StateMap, fsc_of_halves, state_map
+from cryodrgn_pipeline.particle_volumes_members import Members, members_of, stack_of
+from cryodrgn_pipeline.particle_volumes_memory import GIB, Plan, plan_passes
+from cryodrgn_pipeline.particle_volumes_rings import SHARES, Rings, rings_of, squared_distances
+from cryodrgn_pipeline.particle_volumes_sums import Prediction, accumulate_targets, packed_grids
 from cryodrgn_pipeline.progress import duration, progress
 from cryodrgn_pipeline.stack import Stack
-from cryodrgn_pipeline.subspace.poses import PoseOffsets, read_pose_offsets
-from cryodrgn_pipeline.subspace.posterior import NOISE_LIKELIER
 from cryodrgn_pipeline.volumes import OURS, MapOptions, check_options, finished_map, support_columns
 
 log = logging.getLogger(__name__)
-
-BUDGET_BYTES = 4 * 2**30  # of sums held at a time: more targets take more passes over the images
-LARGEST_BYTES = 6 * 2**30  # of one target's sums: a larger box has fewer kernel widths to choose from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +46,8 @@ class ParticleVolumes:
     """What to make: maps at `targets` `(T, J)` of a run.
 
     `ids`: only the particles of this file, all alike, at one target. `stack`: a stack of the run's particles,
-    None for the run's own.
+    None for the run's own. `memory_gb`: what may be held, GiB; None takes a share of what is available.
+    `independent_halves`: half maps from a subspace of each half set's own.
     """
 
     run: Path
@@ -60,24 +55,8 @@ class ParticleVolumes:
     ids: Path | None
     stack: Path | None
     options: MapOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Members:
-    """N particles of a run as its stack has them, by rising row.
-
-    `rows` `(N,)`; `z` `(N, J)` and `covariance` `(N, J, J)` their posterior; `half` and `contrast` `(N,)`;
-    `counted` `(N,)` bool: those that are not taken for noise (and, by ids, are asked for); `poses`: what
-    corrects their poses, as far as the run did.
-    """
-
-    rows: NDArray[np.int64]
-    z: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    half: NDArray[np.int64]
-    contrast: NDArray[np.float32]
-    counted: NDArray[np.bool_]
-    poses: PoseOffsets | None
+    memory_gb: float | None = None
+    independent_halves: bool = False
 
 
 def particle_volumes(request: ParticleVolumes, output: Path, device: torch.device) -> list[Path]:
@@ -95,203 +74,231 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
     InputFormatError
         If the stack is missing or lacks particles of the run, or the targets do not fit the model.
     ConfigError
-        If crop or filter do not fit the maps.
+        If crop or filter do not fit the maps, or the maps the memory.
     """
-    started = time.monotonic()
+    started, targets = time.monotonic(), request.targets
     model = load_model(request.run, device)
-    if request.targets.shape[1] != model.latent_dim:
+    if targets.shape[1] != model.latent_dim:
         raise InputFormatError(
-            f"z holds rows of {request.targets.shape[1]} numbers; the model of {request.run} expects rows of "
+            f"z holds rows of {targets.shape[1]} numbers; the model of {request.run} expects rows of "
             f"{model.latent_dim}"
         )
-    stack = _stack_of(request)
+    stack = stack_of(request.run, request.stack)
     check_options(request.options, stack.box_size_px, stack.pixel_size_a)
-    members = members_of(request, stack)
-    squared = squared_distances(members.z, members.covariance, request.targets.astype(np.float64))
-    log.info(
-        "%d particles, %d targets at %d px; the model saw both half sets, so their FSC is optimistic "
-        "(fsc_independent is false)",
-        *(int(members.counted.sum()), len(request.targets), stack.box_size_px),
-    )
-    outside = np.where(members.counted[:, None], 0.0 if request.ids else squared, np.inf)
-    most = 1 if request.ids else max(1, LARGEST_BYTES // sums_bytes(stack.box_size_px, 1))
-    rings = rings_of(outside, SHARES[-most:])
-    models, grids, combination = predictions(model, request.targets, members.z, squared, stack)
-    per_pass = max(1, BUDGET_BYTES // sums_bytes(stack.box_size_px, rings.widths))
-    blocks = [slice(at, at + per_pass) for at in range(0, len(models), per_pass)]
-    log.info(
-        "%d kernel widths, sums of %.2f GiB, passes over the images: %d",
-        *(rings.widths, min(per_pass, len(models)) * sums_bytes(stack.box_size_px, rings.widths) / 2**30),
-        len(blocks),
-    )
-    names = [f"vol_{number:03d}.mrc" for number in range(len(models))]
-    table: list[dict[str, Any]] = []
+    members = members_of(request.run, stack, request.ids)
+    squared = squared_distances(members.z, members.covariance, targets.astype(np.float64))
+    log.info("%d particles, %d targets at %d px", members.counted.sum(), len(targets), stack.box_size_px)
+    drawn = ModelOnStack(model=model, targets=targets, stack=stack)
+    apart = np.where(members.counted[:, None], 0.0 if request.ids else squared, np.inf)
+    rings = rings_of(apart, SHARES[-1:] if request.ids else SHARES)
+    plan = drawn.plan(rings.widths, request.memory_gb)
+    if plan.widths < rings.widths:
+        rings = rings_of(apart, SHARES[-plan.widths :])
+    names = [f"vol_{number:03d}.mrc" for number in range(len(targets))]
+    table: list[dict[str, Any]] = [{} for _ in names]
     with replacing_directory(output, ours=OURS) as folder:
+        files = Files(folder=folder, names=names, options=request.options, stack=stack)
         (folder / "halves").mkdir()
-        for block in blocks:
-            around = rings.ring[:, block]
-            with progress("volumes from particles", int((around >= 0).any(axis=1).sum())) as advance:
-                sums = accumulate_targets(
-                    stack,
-                    members.rows,
-                    around,
-                    members.half,
-                    members.contrast,
-                    grids,
-                    combination,
-                    poses=members.poses,
-                    advance=advance,
-                )
-            for number, of_target in zip(range(len(models))[block], sums.sums, strict=True):
-                found = state_map(of_target, rings.weights(number), models[number])
-                row = _row(found, rings, number, stack)
-                table.append(row | _write(folder, names[number], found, request.options, stack.pixel_size_a))
-                log.info("%s: %s", names[number], _in_words(row))
-            del sums, of_target  # before the next block's are made
-        latent = {f"z_{j}": request.targets[:, j] for j in range(model.latent_dim)}
+        if request.independent_halves:
+            for number, row in _independent_halves(request, files, model, drawn.kept_bytes):
+                table[number] |= row
+        else:
+            log.info("half sets' FSC is optimistic: z was learnt from both (fsc_independent is false)")
+        for number, found in _state_maps(drawn, members, rings, squared, plan, request.independent_halves):
+            files.write_map(number, found.density)
+            if found.halves is not None:
+                table[number] |= files.write_halves(number, found.halves) | _shared_row(found, rings, number)
+            table[number] |= _residual_row(found, rings, number)
+            log.info("%s: %s", names[number], _in_words(table[number]))
+        latent = {f"z_{j}": targets[:, j] for j in range(model.latent_dim)}
         measured = {key: np.array([row[key] for row in table]) for key in table[0] if key not in _PATHS}
         paths = {key: [row[key] for row in table] for key in _PATHS}
-        support = support_columns(request.run, request.targets)
+        support = support_columns(request.run, targets)
         write_columns(folder / "volumes.parquet", {"path": names, **latent, **paths, **measured, **support})
-    log.info("%d volumes in %s: %s", len(models), duration(time.monotonic() - started), output)
+    log.info(
+        "%d volumes in %s, peak memory %.2f GiB: %s",
+        *(len(names), duration(time.monotonic() - started), peak_bytes() / GIB, output),
+    )
     return [output / name for name in names]
 
 
-def members_of(request: ParticleVolumes, stack: Stack) -> Members:
-    """The run's particles in its stack: joined by id, with posterior, half set and contrast."""
-    latents = read_latents(request.run)
-    known = {identity: row for row, identity in enumerate(stack.particles.particle_id.tolist())}
-    found = np.array([known.get(identity, -1) for identity in latents.particle_id.tolist()])
-    if (found < 0).any():
-        example = latents.particle_id[int(np.argmin(found))]
-        raise InputFormatError(
-            f"{stack.path}: {int((found < 0).sum())} of the {len(found)} particles of the run {request.run} "
-            f"are not in this stack, such as {example}; give the folder that `preprocess` made of them with "
-            "--stack"
-        )
-    n, j = latents.z.shape
-    covariance = read_covariances(request.run)
-    counted = np.ones(n, dtype=bool)
-    if latents.log_evidence is not None:
-        counted = latents.log_evidence >= NOISE_LIKELIER
-    if request.ids is not None:
-        asked = read_id_rows(request.ids, latents.particle_id, f"the run {request.run}")
-        counted = counted & np.isin(np.arange(n), asked)
-    half, source = half_sets(stack.particles)
-    if len(np.unique(half[found[counted]])) < 2:
-        raise InputFormatError(
-            f"{request.ids or request.run}: {int(counted.sum())} particles, all of one half set: a map and "
-            "its half maps need particles of both"
-        )
-    log.info("half sets: %s", source)
-    order = np.argsort(found)
-    poses = read_pose_offsets(request.run, stack.box_size_px * stack.pixel_size_a)
-    contrast = np.ones(n, np.float32) if latents.contrast is None else latents.contrast
-    return Members(
-        rows=found[order],
-        z=latents.z[order].astype(np.float64),
-        covariance=np.zeros((n, j, j)) if covariance is None else covariance[order].astype(np.float64),
-        half=half[found[order]],
-        contrast=contrast[order],
-        counted=counted[order],
-        poses=None if poses is None else poses.of(order),
-    )
+def _independent_halves(
+    request: ParticleVolumes, files: Files, model: Model, kept: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Write half maps that share nothing but where the target lies; each target's number and columns."""
+    own, targets = own_halves(request.run, model.latent_dim), request.targets
+    of_half = [
+        half_states(request.run, own, number, files.stack, targets, kept=kept, memory_gb=request.memory_gb)
+        for number in (0, 1)
+    ]
+    first = list(of_half[0])
+    for number, (one, two) in enumerate(zip(first, of_half[1], strict=True)):
+        row = files.write_halves(number, (one.density, two.density))
+        row |= {"n_effective": one.n_effective + two.n_effective, "fsc_independent": own.of_source}
+        for half, state in enumerate((one, two), start=1):
+            row |= {f"half{half}_components": own.components[half - 1]}
+            row |= {f"half{half}_kernel_width_{band}": edge for band, edge in enumerate(state.edges)}
+        yield number, row
 
 
-@torch.no_grad()
-def predictions(
-    model: Model,
-    targets: NDArray[np.float32],
-    z: NDArray[np.float64],
+def _state_maps(
+    drawn: ModelOnStack,
+    members: Members,
+    rings: Rings,
     squared: NDArray[np.float64],
-    stack: Stack,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What the model says at the targets and of each particle, on the grid of the stack.
+    plan: Plan,
+    independent_halves: bool,
+) -> Iterator[tuple[int, StateMap]]:
+    """Each target's number and map; the log says how long passes and maps took."""
+    stack, count, passes = drawn.stack, len(drawn.targets), plan.passes(len(drawn.targets))
+    for turn in range(passes):
+        started = time.monotonic()
+        block = range(turn * plan.per_pass, min((turn + 1) * plan.per_pass, count))
+        prediction = drawn.prediction(members.z, squared)
+        around = rings.of(slice(block.start, block.stop))
+        with progress("volumes from particles", len(around.counted)) as advance:
+            sums = accumulate_targets(
+                stack,
+                members.rows,
+                around,
+                members.half,
+                members.contrast,
+                prediction,
+                poses=members.poses,
+                advance=advance,
+            )
+        del prediction  # the maps need its memory
+        log.info("pass %d of %d: %s", turn + 1, passes, duration(time.monotonic() - started))
+        for number in block:
+            started = time.monotonic()
+            kernels = around.weights(number - block.start)
+            seen, model_map = sums.around(number - block.start, kernels), drawn.map_at(number)
+            found = state_map(seen, model_map, with_halves=not independent_halves)
+            log.info("target %d of %d: %.1f s", number + 1, count, time.monotonic() - started)
+            yield number, found
+        del sums  # before those of the next block are made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOnStack:
+    """What a model says on the grid of a stack: at T `targets` `(T, J)`, and of each particle.
 
     A model made of maps predicts every particle at its own z; a decoder would have to be run for each, so
     that particles are predicted at the target nearest to them.
-
-    Parameters
-    ----------
-    targets, z
-        `(T, J)` and `(N, J)`.
-    squared
-        `(N, T)` squared distances.
-
-    Returns
-    -------
-    T maps `(D, D, D)`; grids `(K, E, E, E/2+1)` complex64 and their factor in each particle `(N, K)` float32.
     """
 
-    def on_grid(volume: Tensor) -> Tensor:
+    model: Model
+    targets: NDArray[np.float32]
+    stack: Stack
+
+    def plan(self, widths: int, memory_gb: float | None) -> Plan:
+        """How many targets share a pass over the images."""
+        targets = len(self.targets)
+        return plan_passes(
+            self.stack.box_size_px,
+            targets,
+            widths,
+            grids=targets if self.maps is None else len(self.maps),
+            kept=self.kept_bytes,
+            memory_gb=memory_gb,
+        )
+
+    @property
+    def maps(self) -> Tensor | None:
+        """`(K, D0, D0, D0)` of a model that is made of maps."""
+        return None if isinstance(self.model, TrainedModel) else self.model.maps
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of its maps."""
+        return 0 if self.maps is None else self.maps.nbytes
+
+    @torch.no_grad()
+    def map_at(self, target: int) -> Tensor:
+        """The map at one of the targets, `(D, D, D)`."""
+        z = torch.from_numpy(self.targets[target])
+        return self._on_grid(self.model.density(z, self.model.box_size_px))
+
+    @torch.no_grad()
+    def prediction(self, z: NDArray[np.float64], squared: NDArray[np.float64]) -> Prediction:
+        """What it says of N particles at `z` `(N, J)`, at squared distances `(N, T)` from the targets."""
+        ball = Ball(self.stack.box_size_px)
+        if not isinstance(self.model, TrainedModel):
+            maps = self.model.maps
+            grids = packed_grids((self._on_grid(each) for each in maps), len(maps), ball)
+            return Prediction(
+                grids=grids, factors=self.model.factors(torch.from_numpy(z).float()).float().cpu()
+            )
+        log.info("a decoder's prediction of each particle is its map at the nearest target")
+        count = len(self.targets)
+        grids = packed_grids((self.map_at(target) for target in range(count)), count, ball)
+        nearest = torch.from_numpy(squared.argmin(axis=1))
+        return Prediction(grids=grids, factors=torch.nn.functional.one_hot(nearest, len(grids)).float())
+
+    def _on_grid(self, volume: Tensor) -> Tensor:
+        stack, p0 = self.stack, self.model.pixel_size_a
         d, p = stack.box_size_px, stack.pixel_size_a
-        if volume.shape[-1] == d and abs(model.pixel_size_a / p - 1) < 1e-6:
+        if volume.shape[-1] == d and abs(p0 / p - 1) < 1e-6:
             return volume.cpu()
         # images keep their grey scale in another box, and more, smaller voxels sum up to it
-        return resample_volume(volume.cpu(), model.pixel_size_a, d, p) * (p / model.pixel_size_a)
+        return resample_volume(volume.cpu(), p0, d, p) * (p / p0)
 
-    maps = [on_grid(model.density(torch.from_numpy(target), model.box_size_px)) for target in targets]
-    if not isinstance(model, TrainedModel):
-        grids = torch.stack([volume_grid(on_grid(each)) for each in model.maps])
-        return maps, grids, model.factors(torch.from_numpy(z).float()).float().cpu()
-    log.info("a decoder's prediction of each particle is its map at the nearest target")
-    nearest = torch.from_numpy(squared.argmin(axis=1))
-    one_of_them = torch.nn.functional.one_hot(nearest, len(maps)).float()
-    return maps, torch.stack([volume_grid(volume) for volume in maps]), one_of_them
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """Maps of the given names in a folder, finished as the options say; half maps are not filtered."""
+
+    folder: Path
+    names: list[str]
+    options: MapOptions
+    stack: Stack
+
+    def write_map(self, number: int, density: Tensor) -> None:
+        """Write one target's map `(D, D, D)`."""
+        pixel_size_a = self.stack.pixel_size_a
+        whole = finished_map(density, pixel_size_a, self.options)
+        write_volume(self.folder / self.names[number], whole.numpy(), pixel_size_a, "from particles")
+
+    def write_halves(self, number: int, halves: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """Write one target's half maps, mirrored and cropped with its map; where they lie, and their FSC's
+        resolutions."""
+        d, p = self.stack.box_size_px, self.stack.pixel_size_a
+        unfiltered = MapOptions(flip_hand=self.options.flip_hand, crop_px=self.options.crop_px)
+        columns: dict[str, Any] = {}
+        for half, density in enumerate(halves, start=1):
+            path = f"halves/{Path(self.names[number]).stem}_half{half}.mrc"
+            density = finished_map(density, p, unfiltered)
+            write_volume(self.folder / path, density.numpy(), p, f"from particles, half {half}")
+            columns[f"half{half}_path"] = path
+        curve = fsc_of_halves(halves)
+        for name, threshold in (("fsc0143", 0.143), ("fsc05", 0.5)):
+            found = resolution_a(curve, threshold, d, p)
+            columns[f"resolution_{name}_a"] = np.nan if found is None else found
+        return columns
 
 
 _PATHS = ("half1_path", "half2_path")
 
 
-def _stack_of(request: ParticleVolumes) -> Stack:
-    path = request.stack
-    if path is None:
-        manifest = read_json(request.run / "run.json", "give the stack with --stack")
-        path = Path(manifest.get("stack", "")) if manifest.get("stack") else None
-    if path is None or not path.is_dir():
-        raise InputFormatError(
-            f"{path or request.run / 'run.json'}: no stack of the run's particles there; volumes from "
-            "particles need their images: give the folder that `preprocess` wrote with --stack"
-        )
-    stack = Stack.open(path)
-    stack.particles.require_poses("volumes --source particles")
-    return stack
-
-
-def _row(found: StateMap, rings: Rings, number: int, stack: Stack) -> dict[str, Any]:
-    d, p = stack.box_size_px, stack.pixel_size_a
-    resolutions = {
-        "resolution_fsc0143_a": resolution_a(found.curve, 0.143, d, p),
-        "resolution_fsc05_a": resolution_a(found.curve, 0.5, d, p),
-    }
+def _shared_row(found: StateMap, rings: Rings, number: int) -> dict[str, Any]:
+    """Columns on half maps whose particles were weighed by a model of both."""
     edge, effective = rings.edge[number], rings.n_effective(number)
     return {
-        **{key: np.nan if value is None else value for key, value in resolutions.items()},
         "n_effective": float(min(effective[width] for width in found.width)),
         "fsc_independent": False,
+        **{f"kernel_width_{band}": float(edge[width]) for band, width in enumerate(found.width)},
+    }
+
+
+def _residual_row(found: StateMap, rings: Rings, number: int) -> dict[str, Any]:
+    edge = rings.edge[number]
+    return {
         "residual_share": found.residual_share,
-        **{f"kernel_width_{band}": float(edge[found.width[band]]) for band in range(BANDS)},
         **{
             f"residual_width_{band}": float(edge[width]) if width >= 0 else np.nan
             for band, width in enumerate(found.residual_width)
         },
     }
-
-
-def _write(
-    folder: Path, name: str, found: StateMap, options: MapOptions, pixel_size_a: float
-) -> dict[str, str]:
-    """Write a map and its half maps, which are mirrored and cropped with it but not filtered."""
-    whole = finished_map(found.density, pixel_size_a, options)
-    write_volume(folder / name, whole.numpy(), pixel_size_a, "from particles")
-    unfiltered = MapOptions(flip_hand=options.flip_hand, crop_px=options.crop_px)
-    paths = {}
-    for number, half in enumerate(found.halves, start=1):
-        path = f"halves/{Path(name).stem}_half{number}.mrc"
-        half = finished_map(half, pixel_size_a, unfiltered)
-        write_volume(folder / path, half.numpy(), pixel_size_a, f"from particles, half {number}")
-        paths[f"half{number}_path"] = path
-    return paths
 
 
 def _in_words(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.mrc import MrcImages
+from cryodrgn_pipeline.io.noise_table import HALF_NOISE
 from cryodrgn_pipeline.io.runs import read_json
 from cryodrgn_pipeline.io.tables import read_extra, read_particles
 from cryodrgn_pipeline.particles import ParticleSet
@@ -32,13 +33,15 @@ NOT_CONTENT = ("wall_time_s", "version")  # keys of stack.json that two equal st
 class Stack:
     """N prepared images of D × D px with their particles; `len(stack)` is N.
 
-    `info` is stack.json; `particles` has zero shifts and contrast sign +1, because both are applied.
+    `info` is stack.json; `particles` has zero shifts and contrast sign +1, because both are applied;
+    `noise_column` says whose noise `noise` is.
     """
 
     path: Path
     info: dict[str, Any]
     particles: ParticleSet
     images: MrcImages
+    noise_column: str = "noise_power"
 
     @classmethod
     def open(cls, path: str | Path) -> Stack:
@@ -84,13 +87,32 @@ class Stack:
 
     @cached_property
     def noise(self) -> dict[int, NDArray[np.float64]]:
-        """Noise power |F|² per shell 0 … D/2, `(D/2+1,)`, by optics group."""
-        return self._spectra("noise_power")
+        """Noise power |F|² per shell 0 … D/2, `(D/2+1,)`, by optics group, as far as it has such images."""
+        spectra = self._spectra(self.noise_column)
+        return {group: power for group, power in spectra.items() if not np.isnan(power).all()}
 
     @cached_property
     def total_power(self) -> dict[int, NDArray[np.float64]]:
         """Power |F|² of the whole images per shell 0 … D/2, `(D/2+1,)`, by optics group."""
         return self._spectra("total_power")
+
+    def with_half_noise(self, half: int) -> Stack:
+        """The same stack, its noise that of the images of one half set (0 or 1) alone.
+
+        Raises
+        ------
+        InputFormatError
+            If the stack was made before half sets had noise of their own.
+        """
+        import pyarrow.parquet as pq
+
+        name = HALF_NOISE[half]
+        if name not in pq.read_schema(self.path / NOISE).names:
+            raise InputFormatError(
+                f"{self.path / NOISE}: lacks {name}, the noise of one half set alone; make the stack again "
+                "with `cryodrgn-pipeline preprocess`"
+            )
+        return replace(self, noise_column=name)
 
     @cached_property
     def fingerprint(self) -> str:

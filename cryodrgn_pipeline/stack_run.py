@@ -16,6 +16,7 @@ from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.fourier.crop import cropped_spectrum, images_of
 from cryodrgn_pipeline.fourier.noise import NoiseEstimate, NoiseSpectrum
 from cryodrgn_pipeline.fourier.window import linear_window, soft_disc
+from cryodrgn_pipeline.half_sets import half_sets
 from cryodrgn_pipeline.io.images import ParticleImages, stream
 from cryodrgn_pipeline.io.mrc import MrcStackWriter
 from cryodrgn_pipeline.io.noise_table import write_noise
@@ -26,7 +27,7 @@ from cryodrgn_pipeline.stack import APPLIED_SHIFT_COLUMNS, IMAGES, NOISE, PARTIC
 
 log = logging.getLogger(__name__)
 
-Partial = dict[int, NoiseEstimate]
+Partial = dict[tuple[int, int], NoiseEstimate]  # by optics group and half set
 
 NOISE_IMAGES_PER_GROUP = 500
 MASK_EDGE = 0.05  # of the box: width of the soft edge of the real-space mask
@@ -83,8 +84,10 @@ class StackRun:
         else:
             self.shift_a = particles.poses.shift_a
         self.shift_px = self.shift_a / original[:, None]
-        self.in_noise_sample = _spread_sample(particles.optics.optics_group, NOISE_IMAGES_PER_GROUP)
-        self.noise: dict[int, NoiseEstimate] = {}
+        self.half, _ = half_sets(particles)
+        groups = 2 * particles.optics.optics_group + self.half
+        self.in_noise_sample = _spread_sample(groups, NOISE_IMAGES_PER_GROUP // 2)
+        self.noise: Partial = {}
         self.weights: dict[float, Tensor] = {}
 
     def write_images(self, chunk_size: int | None, threads: int | None) -> None:
@@ -104,8 +107,8 @@ class StackRun:
 
             def collect(rows: NDArray[np.int64], result: NDArray[np.float32], parts: list[Partial]) -> None:
                 for part in parts:  # in row order, so that sums do not depend on which thread was first
-                    for group, estimate in part.items():
-                        self.noise.setdefault(group, NoiseEstimate(settings.box_size_px)).merge(estimate)
+                    for which, estimate in part.items():
+                        self.noise.setdefault(which, NoiseEstimate(settings.box_size_px)).merge(estimate)
                 if settings.dtype == "float16":
                     self._check_float16(rows, result)
                 advance(len(rows))
@@ -145,12 +148,12 @@ class StackRun:
         return cropped.numpy(), noise
 
     def _noise_of(self, rows: NDArray[np.int64], cropped: Tensor, spectrum: Tensor) -> Partial:
-        estimates = {}
-        sampled = self.in_noise_sample[rows]
+        estimates: Partial = {}
+        sampled, halves = self.in_noise_sample[rows], self.half[rows]
         groups = self.particles.optics.optics_group[rows]
-        for group in np.unique(groups[sampled]):
-            chosen = torch.from_numpy(sampled & (groups == group))
-            estimate = estimates[int(group)] = NoiseEstimate(self.settings.box_size_px)
+        for group, half in sorted(set(zip(groups[sampled].tolist(), halves[sampled].tolist(), strict=True))):
+            chosen = torch.from_numpy(sampled & (groups == group) & (halves == half))
+            estimate = estimates[group, half] = NoiseEstimate(self.settings.box_size_px)
             if bool(chosen.all()):
                 estimate.add(cropped, spectrum)
             else:
@@ -211,14 +214,22 @@ class StackRun:
         )
         applied = {name: self.shift_a[:, axis] for axis, name in enumerate(APPLIED_SHIFT_COLUMNS)}
         write_particles(stored, self.folder / PARTICLES, applied)
-        spectra = {group: self.noise[group].result() for group in sorted(self.noise)}
+        spectra = {group: self._spectrum_of(group) for group in sorted({group for group, _ in self.noise})}
         groups = particles.optics.optics_group
         write_noise(
             self.folder / NOISE,
             spectra,
+            {which: estimate.result() for which, estimate in self.noise.items()},
             {group: float(np.median(self.pixel_sizes_a[groups == group])) for group in spectra},
         )
         return {str(group): _noise_summary(group, spectrum) for group, spectrum in spectra.items()}
+
+    def _spectrum_of(self, group: int) -> NoiseSpectrum:
+        both = NoiseEstimate(self.settings.box_size_px)
+        for half in (0, 1):
+            if (group, half) in self.noise:
+                both.merge(self.noise[group, half])
+        return both.result()
 
 
 def _noise_summary(group: int, spectrum: NoiseSpectrum) -> dict[str, Any]:

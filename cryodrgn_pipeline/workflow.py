@@ -8,16 +8,35 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cryodrgn_pipeline.errors import ConfigError, CryodrgnPipelineError
+
+if TYPE_CHECKING:
+    import psutil
 
 POLL_INTERVAL_S = 1.0
 LINES_PER_POLL = 5
 HEAD_BYTES = 256
+SAVING_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A program that runs the workflow as a job of its own and may want it to end.
+
+    `check` is called every second; when it raises, all jobs are told to save and end (SIGTERM) before the
+    exception goes on. `keep_open` are file descriptors, such as a lock's, that Snakemake holds as long as it
+    lives. Everything is printed to stdout.
+    """
+
+    check: Callable[[], None]
+    keep_open: Sequence[int] = ()
 
 
 def workflow_root() -> Path:
@@ -38,7 +57,12 @@ def workflow_root() -> Path:
 
 
 def run_workflow(
-    configfile: Path, *, cores: str | None = None, profile: str | None = None, extra: Sequence[str] = ()
+    configfile: Path,
+    *,
+    cores: str | None = None,
+    profile: str | None = None,
+    extra: Sequence[str] = (),
+    host: Host | None = None,
 ) -> int:
     """Check a configuration, then run Snakemake on it; returns Snakemake's exit code.
 
@@ -52,6 +76,8 @@ def run_workflow(
         One of ours (local-gpu, slurm) or any Snakemake profile.
     extra
         Further words for Snakemake, passed on as they are.
+    host
+        The program whose job this is, if any.
 
     Raises
     ------
@@ -69,7 +95,7 @@ def run_workflow(
         raise ConfigError(f"{configfile}: files that do not exist:\n  " + "\n  ".join(missing))
     command = snakemake_command(configfile, cores=cores, profile=profile, extra=extra)
     logs = None if known.dry_run else directory / config.pathvars.logs
-    return _supervised(command, logs)
+    return _supervised(command, logs, host)
 
 
 def snakemake_command(
@@ -106,20 +132,33 @@ def _snakemake_words() -> argparse.ArgumentParser:
     return parser
 
 
-def _supervised(command: list[str], logs: Path | None) -> int:
+def _supervised(command: list[str], logs: Path | None, host: Host | None = None) -> int:
     """Run a command whose jobs find our command line on PATH; end with it, whoever is asked to end."""
     own_bin = str(Path(sys.executable).parent)
     environment = dict(os.environ, PATH=os.pathsep.join([own_bin, *os.get_exec_path()]))
+    if host is not None:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stderr=subprocess.STDOUT,
+            pass_fds=host.keep_open,
+            start_new_session=True,  # a signal to us reaches the jobs through _end_tree, and once only
+        )
+        with following(logs, sys.stdout):
+            return _exit_code(_hosted(process, host))
     process = subprocess.Popen(command, env=environment)
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         with following(logs, sys.stderr):
-            code = _waited(process)
+            return _exit_code(_waited(process))
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
@@ -129,6 +168,48 @@ def _waited(process: subprocess.Popen[bytes]) -> int:
             return process.wait()
         except KeyboardInterrupt:  # Snakemake got the same Ctrl-C, saves what can be saved and ends
             continue
+
+
+def _hosted(process: subprocess.Popen[bytes], host: Host) -> int:
+    try:
+        while True:
+            host.check()
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=POLL_INTERVAL_S)
+    except BaseException:
+        _end_tree(process.pid)
+        process.wait()
+        raise
+
+
+def _end_tree(pid: int) -> None:
+    """Tell a process and all below it to end, and wait: a training that saves outlives its Snakemake."""
+    import psutil
+
+    try:
+        head = psutil.Process(pid)
+        tree = [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    deadline = time.monotonic() + SAVING_LIMIT_S
+    while running := [process for process in tree if _is_alive(process)]:
+        if time.monotonic() > deadline:
+            for process in running:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -335,6 +335,8 @@ def volumes_stack_option(wildcards, input):
 def volumes_options(wildcards):
     flags = {
         "source": "--source",
+        "independent_halves": "--independent-halves",
+        "memory_gb": "--memory-gb",
         "box_size_px": "--box-size",
         "low_pass_a": "--low-pass-a",
         "flip_hand": "--flip-hand",

@@ -21,6 +21,7 @@ VERBS = (
     "consensus",
     "simulate",
     "train",
+    "encode",
     "volumes",
     "analyze",
     "select",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cryodrgn_pipeline.io.checkpoints import load_model, save_model
-from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel, Landmarks
+from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.subspace.kernel import placed
 
@@ -65,32 +65,44 @@ def test_functions_bend_where_coordinates_cannot() -> None:
         assert explained > least if least else explained < 0.05
 
 
-def test_an_image_lies_where_its_likelihood_says_and_never_on_itself() -> None:
+def test_an_image_lies_where_its_likelihood_says_wherever_it_lay_before() -> None:
     z = circle(60)
-    landmarks = Landmarks(z=z, factors=functions_of(z).at(z))
-    sure = placed(images(landmarks.factors, 1e4), landmarks)
-    torch.testing.assert_close(sure.z, z, atol=1e-2, rtol=0)
-    torch.testing.assert_close(sure.factors, landmarks.factors, atol=5e-2, rtol=0)
-    itself = placed(images(landmarks.factors, 1e4), landmarks, own=torch.arange(60))
-    distance = torch.cdist(z, z).fill_diagonal_(torch.inf).min(1).values
-    assert ((itself.z - z).norm(dim=1) > 0.5 * distance).all()
+    functions = KernelFunctions.of(z, z, torch.full((2,), 0.5).double(), 6)
+    axes = torch.tensor([[1.0, 0.0], [0.0, 0.5]]).double()
+    seen, elsewhere = images(functions.at(z), 1e4), z.roll(7, 0)
+    found = placed(seen, elsewhere, functions, axes)
+    torch.testing.assert_close(found.z, z @ axes, atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.factors, functions.at(z), atol=5e-2, rtol=0)
 
 
-def test_the_posterior_is_that_of_bayes_under_equal_landmarks() -> None:
+def test_between_landmarks_an_image_that_says_much_stays_at_its_own_place() -> None:
+    z = circle(60)
+    landmarks = z[::10]
+    functions = KernelFunctions.of(z, landmarks, torch.ones(2).double(), 5)
+    seen, axes = images(functions.at(z), 1e6), torch.eye(2).double()
+    found = placed(seen, z, functions, axes, own=torch.arange(0, 60, 10))
+    torch.testing.assert_close(found.z, z, atol=1e-3, rtol=0)
+
+
+def test_the_posterior_is_that_of_bayes_under_equal_places() -> None:
     z = circle(30)
-    landmarks = Landmarks(z=z, factors=functions_of(z).at(z))
-    seen = images(landmarks.factors[:5], 0.02, seed=2)
-    found = placed(seen, landmarks)
-    for i in range(5):
+    functions = KernelFunctions.of(z, z[:20], torch.full((2,), 0.5).double(), 6)
+    seen, place = images(functions.at(z), 0.02, seed=2), z + 0.1
+    found = placed(seen, place, functions, torch.eye(2).double(), own=torch.arange(20))
+    for i in (3, 25):  # a landmark, which is not asked at its landmark, and one that is none
+        others = [m for m in range(20) if m != i]
+        places = torch.cat([z[others], place[i : i + 1]])
+        factors = functions.at(places)
         gram, inner = seen.gram[i].double(), seen.inner[i].double()
-        gain = torch.stack([f @ inner - f @ gram @ f / 2 for f in landmarks.factors])
+        gain = torch.stack([f @ inner - f @ gram @ f / 2 for f in factors])
         weight = gain.exp() / gain.exp().sum()
-        mean = weight @ z
+        mean = weight @ places
         torch.testing.assert_close(found.z[i], mean)
-        spread = torch.einsum("m,mj,mk->jk", weight, z - mean, z - mean)
+        spread = torch.einsum("m,mj,mk->jk", weight, places - mean, places - mean)
         torch.testing.assert_close(found.covariance[i], spread, atol=2e-6, rtol=0)
-        torch.testing.assert_close(found.factors[i], weight @ landmarks.factors)
-        torch.testing.assert_close(found.evidence[i], gain.exp().mean().log() + seen.known[i] / 2)
+        torch.testing.assert_close(found.factors[i], weight @ factors)
+        expected = gain.exp().sum().log() - np.log(20) + seen.known[i] / 2
+        torch.testing.assert_close(found.evidence[i], expected)
 
 
 def test_a_model_is_stored_whole(tmp_path: Path) -> None:
@@ -101,7 +113,8 @@ def test_a_model_is_stored_whole(tmp_path: Path) -> None:
         maps=torch.randn(4, 8, 8, 8, generator=rng),
         functions=functions,
         turn=torch.randn(7, 4, generator=rng).double(),
-        landmarks=Landmarks(z=z.clone(), factors=functions.at(z)),
+        placing=functions_of(circle(120, 0.2)),
+        axes=torch.eye(2).double(),
         latent_dim=3,
         pixel_size_a=5.0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -69,12 +70,27 @@ def test_every_requirement_is_pinned_and_no_pin_names_a_place() -> None:
     assert not missing
 
 
+def test_every_command_is_a_function_of_the_package() -> None:
+    scripts = PYPROJECT["project"]["scripts"]
+    assert set(scripts) == {"cryodrgn-pipeline", "cryodrgn-pipeline-relion"}
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_the_conda_environment_installs_this_version() -> None:
     environment = (CHECKOUT / "workflows" / "envs" / "cryodrgn-pipeline.yaml").read_text(encoding="utf-8")
     assert f"- cryodrgn-pipeline =={cryodrgn_pipeline.__version__}\n" in environment
 
 
-@pytest.mark.parametrize("statement", ["import cryodrgn_pipeline", "import cryodrgn_pipeline.cli"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import cryodrgn_pipeline",
+        "import cryodrgn_pipeline.cli",
+        "import cryodrgn_pipeline.interop.relion_external",
+    ],
+)
 def test_importing_loads_no_science_library(statement: str) -> None:
     script = f"import sys; {statement}; print([name for name in {HEAVY_MODULES!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

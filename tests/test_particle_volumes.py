@@ -16,19 +16,32 @@ from cryodrgn_pipeline import particle_volumes
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
 from cryodrgn_pipeline.evaluate import read_truth
-from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
+from cryodrgn_pipeline.fourier.padded import Ball
+from cryodrgn_pipeline.fourier.slices import (
+    complete_splat,
+    extract_slices,
+    slice_coordinates,
+    splat_slices,
+    volume_grid,
+)
 from cryodrgn_pipeline.fourier_images import FourierImages
 from cryodrgn_pipeline.io.checkpoints import load_model
 from cryodrgn_pipeline.io.ids import write_ids
 from cryodrgn_pipeline.io.runs import read_latents, write_z
-from cryodrgn_pipeline.particle_volumes_maps import band_weights, state_map
+from cryodrgn_pipeline.particle_volumes_maps import StateMap, fsc_of_halves, state_map
+from cryodrgn_pipeline.particle_volumes_memory import work_bytes
+from cryodrgn_pipeline.particle_volumes_rings import Rings, rings_of, squared_distances
 from cryodrgn_pipeline.particle_volumes_sums import (
+    DATA,
+    WEIGHT,
+    KernelSums,
     TargetSums,
     image_values,
+    packed_grids,
     predicted,
-    rings_of,
-    squared_distances,
+    sums_bytes,
 )
+from cryodrgn_pipeline.particle_volumes_widths import band_weights
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import level_plane
 
@@ -74,38 +87,89 @@ def white(images: FourierImages, power: float) -> torch.Tensor:
 
 def sums_around(
     images: FourierImages, ring: np.ndarray, models: torch.Tensor, factors: torch.Tensor, kernel: str = "auto"
-) -> torch.Tensor:
-    grids = torch.stack([volume_grid(volume) for volume in models])
-    prediction = predicted(grids, factors, images, kernel=kernel)
+) -> TargetSums:
+    ball = Ball(BOX)
+    prediction = predicted(packed_grids(models, len(models), ball), ball, factors, images, kernel=kernel)
     values = image_values(images, white(images, 100.0), torch.ones(len(images)), prediction)
     sums = TargetSums(BOX, ring.shape[1], int(ring.max()) + 1, kernel=kernel)
     sums.add(images, values, torch.from_numpy(ring), torch.arange(len(images)) % 2)
-    return sums.sums
+    return sums
+
+
+def state_of(sums: TargetSums, rings: Rings, target: int, model: torch.Tensor) -> StateMap:
+    return state_map(sums.around(target, rings.weights(target)), model, with_halves=True)
+
+
+def dealt(images: FourierImages, targets: int, rings: int, seed: int) -> np.ndarray:
+    """Rings at random; one image in five stands in none."""
+    rng = np.random.default_rng(seed)
+    ring = rng.integers(0, rings, (len(images), targets))
+    ring[rng.uniform(size=len(images)) < 0.2] = -1
+    return ring
 
 
 def test_compiled_sums_and_predictions_equal_torch(two_states) -> None:
     volumes, _, images = two_states
-    rng = np.random.default_rng(0)
-    ring = rng.integers(-1, 2, (len(images), 3))
-    factors = torch.from_numpy(rng.normal(size=(len(images), 2))).float()
+    ring = dealt(images, targets=3, rings=3, seed=0)
+    factors = torch.from_numpy(np.random.default_rng(0).normal(size=(len(images), 2))).float()
     factors[::2, 0] = 0
-    grids = torch.stack([volume_grid(volume) for volume in volumes])
-    slices = [predicted(grids, factors, images, kernel=kernel) for kernel in ("torch", "numba")]
+    ball = Ball(BOX)
+    grids = packed_grids(volumes, len(volumes), ball)
+    slices = [predicted(grids, ball, factors, images, kernel=kernel) for kernel in ("torch", "numba")]
     assert (slices[0] - slices[1]).abs().max() < 1e-4 * slices[0].abs().max()
-    one, other = (sums_around(images, ring, volumes, factors, kernel) for kernel in ("torch", "numba"))
-    assert (one - other).abs().amax((0, 1, 2, 3, 4, 5)).le(1e-4 * one.abs().amax((0, 1, 2, 3, 4, 5))).all()
+    one, other = (sums_around(images, ring, volumes, factors, kernel).sums for kernel in ("torch", "numba"))
+    assert (one - other).abs().amax((0, 1)).le(1e-4 * one.abs().amax((0, 1))).all()
+    assert one.abs().amax((0, 1)).gt(0).all()
+
+
+def test_the_ball_holds_all_that_a_splat_on_the_whole_grid_holds(two_states) -> None:
+    _, _, images = two_states
+    inside = images.scale <= 1  # the others reach beyond |k| = D/2, where no map has anything
+    ring = np.where(inside.numpy(), 0, -1)[:, None]
+    sums = sums_around(images, ring, torch.zeros(1, BOX, BOX, BOX), torch.ones(len(images), 1))
+    where = slice_coordinates(images.plane, images.rotation, images.scale)
+    values = image_values(images, white(images, 100.0), torch.ones(len(images)), None)
+    for half in (0, 1):
+        rows = inside & (torch.arange(len(images)) % 2 == half)
+        pairs = torch.complex(values[rows][..., DATA], values[rows][..., DATA + 1])
+        found = sums.around(0, torch.ones(1, 1))
+        for seen, splatted in (
+            (found.numerator((half,), 0, DATA), pairs),
+            (found.weight((half,), 0), values[rows][..., WEIGHT]),
+        ):
+            whole = complete_splat(splat_slices(splatted, where[rows], 2 * BOX))
+            assert (seen - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_kernels_weigh_rings_though_all_images_are_summed_up_together(two_states) -> None:
+    volumes, _, images = two_states
+    ring = dealt(images, targets=2, rings=3, seed=6)
+    factors = torch.ones(len(images), 1)
+    together = sums_around(images, ring, volumes[:1], factors)
+    kernels = torch.tensor([[1, 0, 0], [1, 0.7, 0], [1, 0.8, 0.3]], dtype=torch.float64)
+    for width, kernel in enumerate(kernels):
+        expected = 0.0
+        for number, weight in enumerate(kernel.tolist()):
+            only = np.where(ring[:, [1]] == number, 0, -1)
+            alone = sums_around(images, only, volumes[:1], factors).around(0, torch.ones(1, 1))
+            expected = expected + weight * alone.numerator((0, 1), 0, DATA)
+        found = together.around(1, kernels).numerator((0, 1), width, DATA)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_one_pass_for_several_targets_equals_a_pass_for_each(two_states) -> None:
     volumes, _, images = two_states
-    ring = np.random.default_rng(1).integers(-1, 2, (len(images), 3))
-    ring[:, 2] = -1  # nobody speaks for the third
-    factors = torch.ones(len(images), 1)
+    ring = dealt(images, targets=3, rings=2, seed=1)
+    factors, kernels = torch.ones(len(images), 1), torch.eye(2)
     together = sums_around(images, ring, volumes[:1], factors)
-    for target in range(2):
+
+    def cells(sums: KernelSums) -> list[torch.Tensor]:
+        return [cell for half in sums.halves for cell in half]
+
+    for target in range(3):
         alone = sums_around(images, ring[:, [target]], volumes[:1], factors)
-        assert torch.equal(together[target], alone[0])
-    assert not together[2].any()
+        both = zip(cells(together.around(target, kernels)), cells(alone.around(0, kernels)), strict=True)
+        assert all(torch.equal(one, other) for one, other in both)
 
 
 def test_distances_are_in_the_metric_of_each_particles_posterior() -> None:
@@ -163,19 +227,19 @@ def test_the_map_of_a_state_has_no_density_of_the_other_states_subunit(two_state
     def occupancy(density: torch.Tensor) -> float:
         return float(((density - volumes[0]) * subunit).sum() / subunit.square().sum())
 
-    found = [state_map(sums[i], rings.weights(i), average) for i in range(2)]
+    found = [state_of(sums, rings, i, average) for i in range(2)]
     assert abs(occupancy(found[0].density)) < 0.15
     assert abs(occupancy(found[1].density) - 1) < 0.15
     assert abs(occupancy(sum(found[0].halves) / 2)) < 0.15
     assert found[0].residual_share > 0.01
-    assert found[0].curve[1:5].min() > 0.9
+    assert fsc_of_halves(found[0].halves)[1:5].min() > 0.9
 
 
 def test_where_the_model_is_right_its_map_stays_nearly_as_it_is(two_states) -> None:
     volumes, state, images = two_states
     rings = rings_of(state[:, None].double().numpy())
     right = torch.nn.functional.one_hot(state).float()
-    found = state_map(sums_around(images, rings.ring, volumes, right)[0], rings.weights(0), volumes[0])
+    found = state_of(sums_around(images, rings.ring, volumes, right), rings, 0, volumes[0])
     assert found.residual_share < 2e-3
 
 
@@ -262,15 +326,19 @@ def test_a_stack_of_the_full_box_gives_maps_of_the_full_box(trained: Path, full:
 def test_a_models_map_has_the_grey_scale_of_the_images_of_another_box(trained: Path, full: Path) -> None:
     z = read_latents(trained / "run").z[[5]]
     model, stack = load_model(trained / "run"), Stack.open(trained / "stack_24")
-    (drawn,), _, _ = particle_volumes.predictions(model, z, z.astype(float), np.zeros((1, 1)), stack)
+    drawn = particle_volumes.ModelOnStack(model=model, targets=z, stack=stack).map_at(0)
     halves = [read(full / f"halves/vol_000_half{half}.mrc")[0] for half in (1, 2)]
     seen = torch.from_numpy(sum(halves)) / 2
     assert float((seen * drawn).sum() / drawn.square().sum()) == pytest.approx(1, abs=0.15)
 
 
-def test_many_targets_in_several_passes_give_the_same_maps(trained, plain, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(particle_volumes, "BUDGET_BYTES", 1)
-    assert volumes(trained, tmp_path / "many", "--z", trained / "z.csv").exit_code == 0
+def test_many_targets_in_several_passes_give_the_same_maps(trained, plain, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    kept = load_model(trained / "run").maps.nbytes
+    one_target = kept + work_bytes(BOX) + sums_bytes(BOX, 1, 3, with_model=True)
+    words = ("--z", trained / "z.csv", "--memory-gb", 1.01 * one_target / 2**30)
+    assert volumes(trained, tmp_path / "many", *words).exit_code == 0
+    assert "passes: 3" in caplog.text
     for number in range(3):
         one, many = (read(folder / f"vol_{number:03d}.mrc")[0] for folder in (plain, tmp_path / "many"))
         assert np.abs(one - many).max() < 1e-4 * one.max()

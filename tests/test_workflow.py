@@ -1,4 +1,4 @@
-"""The whole workflow: started in every way it can be, and running only what a change touches."""
+"""The whole workflow, started in every way it can be; what a change runs again is in test_reruns.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -343,144 +342,3 @@ def test_lines_of_running_jobs_are_shown_with_their_names(tmp_path: Path) -> Non
         (logs / "mine" / "train.log").write_text("epoch 1\nepoch 2\nhalf a li", encoding="utf-8")
     shown = stream.getvalue().splitlines()
     assert shown == ["  mine/import | new", "  mine/train | epoch 1", "  mine/train | epoch 2"]
-
-
-# ── On real files ──
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that the whole workflow has run on: one dataset, one id file, two subsets."""
-    folder = tmp_path_factory.mktemp("finished")
-    simulate = ["simulate", "--particles", "48", "--box-size", "16", "--pixel-size", "12", "-o", "data"]
-    subprocess.run([sys.executable, "-m", "cryodrgn_pipeline", *simulate], cwd=folder, check=True)
-    configured(folder, {"datasets": {"mine": dataset_of_the_tests()}})
-    first = snakemake("-s", SNAKEFILE, "--until", "import_particles", cwd=folder)
-    assert first.returncode == 0, first.stdout + first.stderr
-    ids = particle_ids(folder)
-    (folder / "few.txt").write_text("\n".join(ids[:30]) + "\n", encoding="utf-8")
-    (folder / "other.txt").write_text("\n".join(ids[10:40]) + "\n", encoding="utf-8")
-    configured(folder, {"datasets": {"mine": dataset_of_the_tests(few="few.txt")}})
-    done = snakemake("-s", SNAKEFILE, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-def particle_ids(folder: Path) -> list[str]:
-    from cryodrgn_pipeline.io.tables import read_particles
-
-    return [
-        str(name) for name in read_particles(folder / "results/mine/import/particles.parquet").particle_id
-    ]
-
-
-def dataset_of_the_tests(**subsets: str) -> dict[str, Any]:
-    return {
-        "particles": "data/particles.star",
-        "subsets": {name: {"ids": path} for name, path in subsets.items()},
-        "runs": {"vae": {"subsets": ["all", *subsets]}},
-    }
-
-
-@pytest.fixture
-def again(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished project, to change something in."""
-    folder = tmp_path / "again"
-    shutil.copytree(finished, folder)  # keeps the times of the files
-    return folder
-
-
-def reruns(folder: Path) -> dict[str, int]:
-    return planned("-s", SNAKEFILE, cwd=folder)
-
-
-def reruns_for(folder: Path, **changes: Any) -> dict[str, int]:
-    configured(folder, {"datasets": {"mine": dataset_of_the_tests(few="few.txt")}} | changes)
-    return reruns(folder)
-
-
-AFTER_TRAINING = {"analyze_latent": 1, "decode_volumes": 2, "write_report": 1}
-
-
-def test_a_finished_workflow_has_written_what_it_promises(finished: Path) -> None:
-    for subset in ("all", "few"):
-        run = finished / "results" / "mine" / subset / "vae"
-        for name in ("latent.parquet", "model.safetensors", "metrics.jsonl", "run.json", "report.html"):
-            assert (run / name).stat().st_size > 0
-        assert len(list((run / "volumes" / "centers").glob("vol_*.mrc"))) == 3
-    for name in ("train.log", "report.log"):
-        assert (finished / "logs" / "mine" / "all" / "vae" / name).is_file()
-    assert (finished / "logs" / "benchmarks" / "mine" / "import.tsv").is_file()
-
-
-def test_a_second_call_does_nothing(again: Path) -> None:
-    assert reruns(again) == {}
-
-
-def test_touching_an_id_file_runs_nothing(again: Path) -> None:
-    (again / "few.txt").touch()
-    assert reruns(again) == {}
-
-
-def test_editing_an_id_file_trains_on_that_subset_only(again: Path) -> None:
-    shutil.copy(again / "other.txt", again / "few.txt")
-    assert reruns(again) == {"train_model": 1} | AFTER_TRAINING
-
-
-def test_a_new_subset_runs_alone(again: Path) -> None:
-    datasets = {"mine": dataset_of_the_tests(few="few.txt", other="other.txt")}
-    assert reruns_for(again, datasets=datasets) == {"train_model": 1} | AFTER_TRAINING
-
-
-def test_other_volumes_need_no_training(again: Path) -> None:
-    assert reruns_for(again, volumes={"flip_hand": True}) == {"decode_volumes": 4, "write_report": 2}
-
-
-def test_another_number_of_clusters_needs_no_training(again: Path) -> None:
-    analyze = TINY["analyze"] | {"clusters": 2}
-    assert reruns_for(again, analyze=analyze) == {name: 2 * n for name, n in AFTER_TRAINING.items()}
-
-
-def test_more_epochs_train_again_on_the_same_stack(again: Path) -> None:
-    train = TINY["train"] | {"epochs": 2}
-    expected = {name: 2 * n for name, n in ({"train_model": 1} | AFTER_TRAINING).items()}
-    assert reruns_for(again, train=train) == expected
-
-
-def test_a_reference_map_is_compared_without_training_again(again: Path) -> None:
-    dataset = dataset_of_the_tests(few="few.txt") | {"reference": "data/consensus.mrc"}
-    assert reruns_for(again, datasets={"mine": dataset}) == {"reconstruct_consensus": 1, "write_report": 2}
-
-
-def test_touching_the_particle_file_runs_nothing_and_editing_it_runs_all(again: Path) -> None:
-    star = again / "data" / "particles.star"
-    star.touch()
-    assert reruns(again) == {}
-    with star.open("a", encoding="utf-8") as file:
-        file.write("\n")
-    assert reruns(again)["import_particles"] == 1
-
-
-def test_other_threads_and_memory_run_nothing(again: Path) -> None:
-    resources = {"train": {"threads": 2, "mem_mb": 1234}}
-    assert reruns_for(again, resources=TINY["resources"] | resources) == {}
-
-
-def test_a_subset_chosen_from_clusters_is_trained_on(again: Path) -> None:
-    dataset = dataset_of_the_tests(few="few.txt")
-    dataset["subsets"]["most"] = {"from_run": "vae", "clusters": [0, 1]}
-    dataset["runs"]["second"] = {"subsets": ["most"]}
-    configured(again, {"datasets": {"mine": dataset}})
-    assert reruns(again) == {"select_subset": 1, "train_model": 1} | AFTER_TRAINING
-    done = snakemake("-s", SNAKEFILE, "--until", "select_subset", cwd=again)
-    assert done.returncode == 0, done.stdout + done.stderr
-    chosen = (again / "results" / "mine" / "most" / "ids.txt").read_text(encoding="utf-8").split()
-    assert 0 < len(chosen) < 48
-    assert set(chosen) < set(particle_ids(again))
-
-
-def test_a_failed_job_names_its_reason_on_the_screen(again: Path) -> None:
-    (again / "few.txt").write_text("no_such_particle\n", encoding="utf-8")
-    done = snakemake("-s", SNAKEFILE, cwd=again)
-    assert done.returncode == 1
-    assert "no_such_particle" in done.stdout + done.stderr

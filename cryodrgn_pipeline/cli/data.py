@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cryodrgn_pipeline.cli._app import DATA, app
+from cryodrgn_pipeline.cli._choice import Cluster, Invert, NoJunk, Outline, Range, Where, selection
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @app.command("import", rich_help_panel=DATA)
@@ -92,19 +96,38 @@ def export_verb(
     subset: Annotated[
         Path | None, typer.Option(help="Text file, one particle id per line; all particles without it.")
     ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder that train wrote, to choose by what it found:")
+    ] = None,
+    cluster: Cluster = None,
+    range_: Range = None,
+    where: Where = None,
+    outline: Outline = None,
+    no_junk: NoJunk = False,
+    invert: Invert = False,
 ) -> None:
     """Write imported particles, or a subset of them, as a RELION or cryoSPARC file.
 
     A file of the source's own kind is the original table with rows left
     out: all columns, the order and every value stay as they were (a .cs
     passthrough file is cut beside it). The other kind is made from the poses
-    and CTFs, with remedies and --set values applied.
+    and CTFs, with remedies and --set values applied. Beside a .cs file goes
+    a .csg for cryoSPARC's Import Result Group. With --run the subset is what
+    `select` would choose by the same options.
 
-    Example: cryodrgn-pipeline export results/import --subset closed.txt -o closed.star
+    Example: cryodrgn-pipeline export results/import --run results/run_8d --cluster 0,3 -o open.star
     """
+    from cryodrgn_pipeline.errors import ConfigError
     from cryodrgn_pipeline.exporting import export_particles
+    from cryodrgn_pipeline.landscape.select import select_particles
 
-    for path in export_particles(import_dir, output, subset).files:
+    wanted = selection(cluster, range_, where, outline, [subset] if subset else [], no_junk, invert)
+    chosen: Path | NDArray[Any] | None = subset
+    if run is not None:
+        chosen, _ = select_particles(run, wanted)
+    elif cluster or range_ or where or outline or no_junk or invert:
+        raise ConfigError("--cluster, --range, --where, --outline, --no-junk and --invert need --run RUN")
+    for path in export_particles(import_dir, output, chosen).files:
         typer.echo(path)
 
 

@@ -254,6 +254,17 @@ def volumes(
         Path | None,
         typer.Option(help="With particles: another stack of them, such as one of the full box."),
     ] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(min=0, help="With particles: memory to use, GiB; default: 60 % of what is available."),
+    ] = None,
+    independent_halves: Annotated[
+        bool,
+        typer.Option(
+            "--independent-halves",
+            help="With particles: half maps from a subspace of each half set's own, for a gold-standard FSC.",
+        ),
+    ] = False,
     box_size: Annotated[int | None, typer.Option(help="Decode on a coarser grid of this box, px.")] = None,
     low_pass_a: Annotated[float | None, typer.Option(help="Remove detail finer than this, Å.")] = None,
     flip_hand: Annotated[bool, typer.Option("--flip-hand", help="Mirror the maps.")] = False,
@@ -276,8 +287,15 @@ def volumes(
             f"--box-size {box_size}: volumes from particles have the box of their stack; cut them with "
             "--crop-px, or name a stack of another box with --stack"
         )
-    if source == "decoder" and stack is not None:
-        raise ConfigError(f"--stack {stack}: a decoder reads no images; give it with --source particles")
+    given = {"--stack": stack, "--memory-gb": memory_gb, "--independent-halves": independent_halves or None}
+    for name, value in given.items():
+        if source == "decoder" and value is not None:
+            raise ConfigError(f"{name}: a decoder reads no images; give it with --source particles")
+    if independent_halves and ids is not None:
+        raise ConfigError(
+            "--independent-halves: a list of ids was chosen with both half sets, so nothing makes its half "
+            "maps independent; give points of the latent space (--z, --kmeans, --pc)"
+        )
     import torch
 
     from cryodrgn_pipeline.training.run import choose_device
@@ -290,7 +308,15 @@ def volumes(
     if source == "particles":
         from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
 
-        request = ParticleVolumes(run=run, targets=latents, ids=ids, stack=stack, options=options)
+        request = ParticleVolumes(
+            run=run,
+            targets=latents,
+            ids=ids,
+            stack=stack,
+            options=options,
+            memory_gb=memory_gb,
+            independent_halves=independent_halves,
+        )
         paths = particle_volumes(request, output, choose_device(device))
     else:
         paths = decode_volumes(run, latents, output, options, choose_device(device))

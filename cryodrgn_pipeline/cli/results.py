@@ -8,6 +8,16 @@ from typing import Annotated
 import typer
 
 from cryodrgn_pipeline.cli._app import RESULTS, app
+from cryodrgn_pipeline.cli._choice import (
+    Cluster,
+    Invert,
+    NoJunk,
+    Outline,
+    Range,
+    Where,
+    integers,
+    selection,
+)
 from cryodrgn_pipeline.errors import ConfigError
 
 Run = Annotated[Path, typer.Argument(help="Folder that train wrote.", show_default=False)]
@@ -63,7 +73,7 @@ def analyze(
         pcs=pcs,
         points=points,
         snap=snap,
-        through=None if through is None else _integers("--through", through),
+        through=None if through is None else integers("--through", through),
         umap=umap,
         umap_fit_at_most=umap_max,
         junk_threshold=junk_threshold,
@@ -77,34 +87,15 @@ def analyze(
 def select(
     run: Run,
     output: Annotated[Path, typer.Option("-o", "--output", help="Id file to write.", show_default=False)],
-    cluster: Annotated[
-        list[str] | None, typer.Option(help="Clusters to keep, such as 0,3.", show_default=False)
-    ] = None,
-    range_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--range", help="COLUMN:LOW:HIGH, inclusive; an end may be empty. Repeatable.", show_default=False
-        ),
-    ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A condition over columns, such as 'loss < 1.5 and abs(z_0) > 1'. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    outline: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="COLUMN_X,COLUMN_Y:x,y x,y x,y …: inside this polygon; the report's lasso writes it.",
-            show_default=False,
-        ),
-    ] = None,
+    cluster: Cluster = None,
+    range_: Range = None,
+    where: Where = None,
+    outline: Outline = None,
     ids: Annotated[
         list[Path] | None, typer.Option(help="Keep only ids listed in this file.", show_default=False)
     ] = None,
-    no_junk: Annotated[bool, typer.Option("--no-junk", help="Leave out particles flagged as junk.")] = False,
-    invert: Annotated[bool, typer.Option("--invert", help="Keep what the rest leaves out.")] = False,
+    no_junk: NoJunk = False,
+    invert: Invert = False,
 ) -> None:
     """Choose particles by cluster, range, condition or outline; write their ids.
 
@@ -115,18 +106,10 @@ def select(
     Example: cryodrgn-pipeline select results/run_8d --cluster 0,3 -o open.txt
     """
     from cryodrgn_pipeline.io.ids import write_ids
-    from cryodrgn_pipeline.landscape.select import Selection, select_particles
+    from cryodrgn_pipeline.landscape.select import select_particles
 
-    selection = Selection(
-        clusters=tuple(label for text in cluster or () for label in _integers("--cluster", text)),
-        ranges=tuple(range_ or ()),
-        conditions=tuple(where or ()),
-        outlines=tuple(outline or ()),
-        id_files=tuple(ids or ()),
-        no_junk=no_junk,
-        invert=invert,
-    )
-    chosen, total = select_particles(run, selection)
+    wanted = selection(cluster, range_, where, outline, ids, no_junk, invert)
+    chosen, total = select_particles(run, wanted)
     write_ids(output, chosen)
     typer.echo(f"{len(chosen)} of {total} particles: {output}")
 
@@ -181,15 +164,6 @@ def report(
         title=title,
     )
     typer.echo(write_report(request))
-
-
-def _integers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"{option} {text!r}: whole numbers separated by commas expected, such as 0,3"
-        ) from error
 
 
 def _cluster_count(text: str) -> int | None:

@@ -136,6 +136,12 @@ class Volumes(Section):
     source: Literal["decoder", "particles"] = Field(
         "decoder", description="decoder, or particles: their images, with half maps and a resolution"
     )
+    independent_halves: bool = Field(
+        False, description="half maps from a subspace of each half set's own (particles only)"
+    )
+    memory_gb: Positive | None = Field(
+        None, description="memory to use, GiB; null = 60 % of what is available (particles only)"
+    )
     centers: bool = Field(True, description="one volume per cluster centre of the analysis")
     principal_components: Annotated[int, Field(ge=0)] = Field(
         2, description="a series along each of the first so many; at most analyze's, and latent_dim"

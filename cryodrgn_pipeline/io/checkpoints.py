@@ -17,7 +17,7 @@ from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel, BasisVae
 from cryodrgn_pipeline.models.encoder import Reading
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
-from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel, Landmarks
+from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.models.vae import GreyReference, Vae, VaeConfig, decoded_density
@@ -92,8 +92,8 @@ def _parts(model: Model) -> tuple[Tensors, dict[str, Any]]:
         tensors = {"maps": model.maps, "spread": model.spread}
         config = {"latent_dim": model.latent_dim, "curved": model.curved}
     elif isinstance(model, KernelModel):
-        tensors = {"maps": model.maps, "turn": model.turn}
-        for prefix, part in (("functions", model.functions), ("landmarks", model.landmarks)):
+        tensors = {"maps": model.maps, "turn": model.turn, "axes": model.axes}
+        for prefix, part in (("functions", model.functions), ("placing", model.placing)):
             tensors |= {f"{prefix}.{each.name}": getattr(part, each.name) for each in fields(part)}
         config = {"latent_dim": model.latent_dim}
     else:
@@ -148,7 +148,8 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
             maps=tensors["maps"].to(device),
             turn=tensors["turn"].to(device),
             functions=KernelFunctions(**_under("functions.", tensors)).to(device),
-            landmarks=Landmarks(**_under("landmarks.", tensors)),
+            placing=KernelFunctions(**_under("placing.", tensors)),
+            axes=tensors["axes"],
             pixel_size_a=pixel_size_a,
             subspace=_subspace(tensors, config),
             latent_dim=config["latent_dim"],

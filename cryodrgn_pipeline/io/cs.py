@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 NUMPY_MAGIC = b"\x93NUMPY"
 CSDAT_MAGIC = b"\x95CSDAT"
 EXAMPLES = 3
+GROUP_DESCRIPTION = "Particles chosen with cryodrgn-pipeline"
+NUMBERED_SLOTS = {"alignments_class_": "alignments3D", "components_mode_": "components"}
+"""Slots of several in one file, such as alignments_class_0, and what kind each is."""
 
 
 def load_dataset(path: Path) -> Any:
@@ -194,6 +198,42 @@ def write_dataset(columns: Mapping[str, NDArray[Any]], output: Path) -> None:
     from cryosparc.dataset import Dataset
 
     _save(Dataset([(name, values) for name, values in columns.items()]), output)
+
+
+def write_group(files: Sequence[Path], output: Path) -> None:
+    """Write the .csg that cryoSPARC's "Import Result Group" takes: which .cs file holds which slot.
+
+    Parameters
+    ----------
+    files
+        The .cs files of one set of particles, in the folder of `output`; the first that has a slot counts.
+    output
+        The `.csg` file to make or replace.
+    """
+    import yaml
+    from cryosparc import __version__
+    from cryosparc.dataset import Dataset
+
+    slots: dict[str, dict[str, Any]] = {}
+    for file in files:
+        header = Dataset.inspect(file)
+        for slot in sorted({field[0].partition("/")[0] for field in header["dtype"]} - {"uid"}):
+            kind = NUMBERED_SLOTS.get(slot.rstrip("0123456789"), slot)
+            found = {"metafile": f">{file.name}", "num_items": header["length"], "type": f"particle.{kind}"}
+            slots.setdefault(slot, found)
+    group = {
+        "created": datetime.datetime.now(datetime.UTC).replace(tzinfo=None),
+        "group": {
+            "description": GROUP_DESCRIPTION,
+            "name": "particles",
+            "title": "Particles",
+            "type": "particle",
+        },
+        "results": slots,
+        "version": f"v{__version__}",  # of cryosparc-tools, which writes the .cs files
+    }
+    with replacing(output) as temporary:
+        temporary.write_text(yaml.safe_dump(group), encoding="utf-8")
 
 
 def _save(dataset: Any, output: Path) -> None:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryodrgn_pipeline.fourier.noise import NoiseSpectrum
+if TYPE_CHECKING:
+    from cryodrgn_pipeline.fourier.noise import NoiseSpectrum
+
+HALF_NOISE = ("half1_noise_power", "half2_noise_power")
 
 
-def write_noise(path: Path, spectra: Mapping[int, NoiseSpectrum], pixel_size_a: Mapping[int, float]) -> None:
-    """Write the spectra by optics group, with the pixel size in Å that places each group's shells."""
+def write_noise(
+    path: Path,
+    spectra: Mapping[int, NoiseSpectrum],
+    halves: Mapping[tuple[int, int], NoiseSpectrum],
+    pixel_size_a: Mapping[int, float],
+) -> None:
+    """Write the spectra by optics group, with the pixel size in Å that places each group's shells.
+
+    Parameters
+    ----------
+    halves
+        By optics group and half set (0 or 1): what each half set's own images say; NaN where there are none.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -25,6 +40,12 @@ def write_noise(path: Path, spectra: Mapping[int, NoiseSpectrum], pixel_size_a: 
             "frequency_per_a": shells / (box_size_px * pixel_size_a[group]),
             "noise_power": spectrum.noise_power.numpy(),
             "total_power": spectrum.total_power.numpy(),
+            **{
+                name: halves[group, half].noise_power.numpy()
+                if (group, half) in halves
+                else np.full(len(shells), np.nan)
+                for half, name in enumerate(HALF_NOISE)
+            },
         }
         tables.append(pa.table(columns))
     pq.write_table(pa.concat_tables(tables), path)

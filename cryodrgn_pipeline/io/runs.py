@@ -54,8 +54,16 @@ def read_latents(run: Path) -> Latents:
     InputFormatError
         If the table is missing, empty, lacks a column, repeats an id or holds a z that is not finite.
     """
-    path = _latent_table(run)
-    columns = read_columns(path, "train a model with `cryodrgn-pipeline train STACK -o RUN`")
+    return latents_of(read_latent_columns(run), _latent_table(run))
+
+
+def read_latent_columns(run: Path) -> Columns:
+    """Read RUN/latent.parquet as it stands; an `InputFormatError` if it is missing or damaged."""
+    return read_columns(_latent_table(run), "train a model with `cryodrgn-pipeline train STACK -o RUN`")
+
+
+def latents_of(columns: Columns, path: Path) -> Latents:
+    """Columns of the latent table at `path` as latents, checked as by `read_latents`."""
     names = numbered(columns, "z_")
     if "particle_id" not in columns or not names:
         raise InputFormatError(
@@ -64,7 +72,7 @@ def read_latents(run: Path) -> Latents:
     ids = columns["particle_id"]
     if len(ids) == 0:
         raise InputFormatError(f"{path}: no rows, at least one particle expected")
-    repeated = len(ids) - len(np.unique(ids))
+    repeated = len(ids) - len(set(ids.tolist()))  # np.unique would sort the texts
     if repeated:
         raise InputFormatError(f"{path}: column particle_id repeats in {repeated} of {len(ids)} rows")
     z = stacked(columns, names)

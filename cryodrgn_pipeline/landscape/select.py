@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError
-from cryodrgn_pipeline.io.ids import read_ids
-from cryodrgn_pipeline.io.runs import Columns, read_columns, read_latents
+from cryodrgn_pipeline.io.ids import is_in, read_ids
+from cryodrgn_pipeline.io.runs import Columns, latents_of, read_columns, read_latent_columns
 from cryodrgn_pipeline.landscape.expression import evaluate_condition, unknown_column
 
 ANALYSE_FIRST = "run `cryodrgn-pipeline analyze RUN` first"
@@ -86,9 +86,9 @@ def run_columns(run: Path) -> Columns:
         If a table is damaged or the analysis is that of other particles.
     """
     run = Path(run)
-    latents = read_latents(run)
-    columns = read_columns(run / "latent.parquet", "train first")
-    columns["norm"] = np.linalg.norm(latents.z.astype(np.float64), axis=1)
+    columns = read_latent_columns(run)
+    latents = latents_of(columns, run / "latent.parquet")
+    columns["norm"] = np.sqrt(np.einsum("ij,ij->i", latents.z, latents.z, dtype=np.float64))
     analysed = run / "analysis" / "particles.parquet"
     if analysed.is_file():
         more = read_columns(analysed, ANALYSE_FIRST)
@@ -110,8 +110,7 @@ def _conditions(columns: Columns, selection: Selection) -> list[tuple[str, NDArr
     masks += [(f"--outline {text[:30]}…", _in_outline(columns, text)) for text in selection.outlines]
     for path in selection.id_files:
         ids = columns["particle_id"]
-        wanted = set(read_ids(path, ids).tolist())  # np.isin compares texts all with all
-        masks.append((f"--ids {path}", np.array([i in wanted for i in ids.tolist()])))
+        masks.append((f"--ids {path}", is_in(ids, read_ids(path, ids))))
     if selection.no_junk:
         masks.append(("--no-junk", ~_column(columns, "junk").astype(bool)))
     return masks

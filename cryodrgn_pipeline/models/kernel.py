@@ -78,27 +78,19 @@ def _kernel(z: Tensor, landmarks: Tensor, width: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Landmarks:
-    """M particles that stand for all places where particles may lie: `z` `(M, d)` and the factors of the maps
-    there, `factors` `(M, R)`; float64. With an image's inner products they say where it lies.
-    """
-
-    z: Tensor
-    factors: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelModel:
     """`maps` `(R, D, D, D)` float32 in the grey scale of the images; `turn` `(1 + K, R)` float64 takes
     `functions` of the first coordinates of z to their factors.
 
-    `landmarks` and `subspace` place new images.
+    New images are placed by `subspace`, by the functions `placing` of the place there, which are the factors
+    of the maps, and by `axes` `(J, d)` float64, which takes a place to the coordinates of z.
     """
 
     maps: Tensor
     functions: KernelFunctions
     turn: Tensor
-    landmarks: Landmarks
+    placing: KernelFunctions
+    axes: Tensor
     latent_dim: int
     pixel_size_a: float
     subspace: Subspace | None = None

@@ -4,7 +4,8 @@ Motions bend the cloud of particles in the subspace, and species part it. A Gaus
 deviations of a particle's own uncertainty wide, has principal functions that follow it; one solve gives a map
 for each. What an image says about these maps is then asked at each of some hundred landmarks, particles
 themselves: the weights of the landmarks are its posterior under the distribution that the particles really
-have (empirical Bayes, Robbins 1956; Laird 1978), and its mean is nearer the truth than one under N(0, 1).
+have (empirical Bayes, Robbins 1956; Laird 1978), and its mean is nearer the truth than one under N(0, 1). An
+image's own place in the subspace is asked as well: where images say much, landmarks are too far apart.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel, Landmarks
+from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen, seen_of
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 MAPS = 12  # functions that maps are made of
 DRAWN = 16  # functions of the final coordinates that stand for their factors
-WIDTH = 4.0  # of the kernel, in standard deviations of a particle's own posterior
+WIDTH = 4.0  # of the kernel, in standard deviations of a particle's own posterior; at least their spread
 PRIOR = 3.0  # power of the first function's map, per shell, as a share of the mean map's
 LANDMARKS = 600
 SAMPLE = 20_000  # particles that functions are made principal over
@@ -76,15 +77,14 @@ def kernel_model(
     chosen, sample = good[:LANDMARKS], good[:SAMPLE]
     d, exact = stack.box_size_px, settings.cg_iterations + 1
     most, iterations = affordable(d, MAPS, exact)
-    std = where.covariance.diagonal(dim1=1, dim2=2)[sample].mean(0).sqrt()
-    functions = KernelFunctions.of(where.z[sample], where.z[chosen], WIDTH * std, most)
+    variance = where.covariance.diagonal(dim1=1, dim2=2)
+    functions = _functions(where.z, variance, chosen, sample, most)
     weights, shares = functions.at(where.z), torch.cat([torch.ones(1).double(), PRIOR * functions.share])
     fit.level.maps = maps_of(fit.level, fit, weights, shares, exact, settings)
     seen = seen_of(fit.level, fit.known.poses, where, settings)
     subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
-    turn = _to_coordinates(placing, where.z[sample], latent_dim)
-    landmarks = Landmarks(z=where.z[chosen] @ turn, factors=weights[chosen])
-    latents = placed(seen, landmarks, own=chosen)
+    axes = _axes(placing, where.z[sample], latent_dim)
+    latents = placed(seen, where.z, functions, axes, own=chosen)
     report(
         f"{len(functions)} functions of the place in the subspace: loss {float(latents.loss.mean()):.4f}, "
         f"log evidence {float(latents.evidence.mean()):.2f} an image"
@@ -92,12 +92,14 @@ def kernel_model(
     maps = fit.level.maps.clone()
     if fit.level.lattice.box_size_px != d:
         maps = regressed_maps(stack, rows, fit, weights, shares, iterations, settings)
-    drawn, turn = _as_functions(latents, chosen, sample)
+    drawn = _functions(latents.z, latents.covariance.diagonal(dim1=1, dim2=2), chosen, sample, DRAWN)
+    turn = torch.linalg.lstsq(drawn.at(latents.z[sample]), latents.factors[sample]).solution
     model = KernelModel(
         maps=maps,
         functions=drawn,
         turn=turn,
-        landmarks=landmarks,
+        placing=functions,
+        axes=axes,
         latent_dim=latent_dim,
         pixel_size_a=stack.pixel_size_a,
         subspace=subspace,
@@ -105,44 +107,66 @@ def kernel_model(
     return model, latents
 
 
-def placed(seen: Seen, landmarks: Landmarks, *, own: Tensor | None = None) -> KernelLatents:
-    """Where images lie among landmarks, from what they say about the maps.
+def _functions(z: Tensor, variance: Tensor, chosen: Tensor, sample: Tensor, most: int) -> KernelFunctions:
+    """Functions of places `(N, J)` that are known with these variances, from chosen rows over a sample."""
+    width = torch.maximum(WIDTH * variance[sample].mean(0).sqrt(), z[sample].std(0))
+    return KernelFunctions.of(z[sample], z[chosen], width, most)
+
+
+def placed(
+    seen: Seen, place: Tensor, functions: KernelFunctions, axes: Tensor, *, own: Tensor | None = None
+) -> KernelLatents:
+    """Where images lie: the mean over the landmarks and their own place, weighed by what they say there.
 
     Parameters
     ----------
     seen
-        Inner products of N images with the R maps, at each image's contrast.
+        Inner products of N images with the maps of `functions`, at each image's contrast.
+    place
+        `(N, J)` of the images in the subspace.
+    axes
+        `(J, d)`, from places to coordinates.
     own
-        `(M,)` which image each landmark is: no image is asked about itself, since its noise made its place.
-        None: the images are new.
+        `(M,)` which image each landmark is: its own place counts once. None: the images are new.
     """
-    factors, z = landmarks.factors, landmarks.z
-    count, r = factors.shape
-    double = torch.tensor([1.0 if j == k else 2.0 for j, k in pairs(r)], dtype=torch.float64)
-    products = pack(factors[:, :, None] * factors[:, None]) * double
-    squares = (z[:, :, None] * z[:, None]).flatten(1)
-    itself = torch.full((len(seen.inner),), -1)
+    landmarks, factors = functions.landmarks, functions.at(functions.landmarks)
+    double = torch.tensor([1.0 if j == k else 2.0 for j, k in pairs(factors.shape[1])], dtype=torch.float64)
+    itself = torch.full((len(place),), -1)
     if own is not None:
-        itself[own] = torch.arange(count)
+        itself[own] = torch.arange(len(own))
+
+    def packed(values: Tensor) -> Tensor:
+        return pack(values[:, :, None] * values[:, None]) * double
+
     parts = []
-    for rows in torch.split(torch.arange(len(seen.inner)), ROWS_AT_ONCE):
-        gain = seen.inner[rows].double() @ factors.T - pack(seen.gram[rows]).double() @ products.T / 2
-        at = itself[rows]
+    for rows in torch.split(torch.arange(len(place)), ROWS_AT_ONCE):
+        inner, gram = seen.inner[rows].double(), pack(seen.gram[rows]).double()
+        here, at = functions.at(place[rows]), itself[rows]
+        gain = inner @ factors.T - gram @ packed(factors).T / 2
         gain[(at >= 0).nonzero()[:, 0], at[at >= 0]] = -torch.inf
-        weight = torch.softmax(gain, dim=1)
-        mean = weight @ z
-        covariance = (weight @ squares).reshape(-1, *(z.shape[1],) * 2) - mean[:, :, None] * mean[:, None]
-        expected = weight @ factors
-        evidence = gain.logsumexp(1) - np.log(count) + seen.known[rows] / 2
+        gain_here = (inner * here).sum(1) - (gram * packed(here)).sum(1) / 2
+        weight = torch.softmax(torch.cat([gain, gain_here[:, None]], dim=1), dim=1)
+        weight, weight_here = weight[:, :-1], weight[:, -1:]
+        z, z_here = landmarks @ axes, place[rows] @ axes
+        mean = weight @ z + weight_here * z_here
+        squares = weight @ _outer(z).flatten(1) + weight_here * _outer(z_here).flatten(1)
+        covariance = squares.reshape(len(rows), z.shape[1], -1) - _outer(mean)
+        expected = weight @ factors + weight_here * here
+        evidence = (
+            torch.logaddexp(gain.logsumexp(1), gain_here) - np.log(len(landmarks)) + seen.known[rows] / 2
+        )
         loss = seen.loss(expected.float(), rows).double()
         parts.append((mean, covariance, expected, loss, evidence))
     mean, covariance, expected, loss, evidence = (torch.cat(part) for part in zip(*parts, strict=True))
-    least = (SMALLEST_STD * z.std(0)) ** 2
-    covariance = covariance + torch.diag(least)
+    covariance = covariance + torch.diag((SMALLEST_STD * (landmarks @ axes).std(0)) ** 2)
     return KernelLatents(z=mean, covariance=covariance, factors=expected, loss=loss, evidence=evidence)
 
 
-def _to_coordinates(maps: Tensor, z: Tensor, latent_dim: int) -> Tensor:
+def _outer(values: Tensor) -> Tensor:
+    return values[:, :, None] * values[:, None]
+
+
+def _axes(maps: Tensor, z: Tensor, latent_dim: int) -> Tensor:
     """Turns coordinates in the subspace into those of the latent table: `(J, min(J, latent_dim))`.
 
     Distances there are distances between volumes: each axis is as long as its component is strong, and what
@@ -155,11 +179,3 @@ def _to_coordinates(maps: Tensor, z: Tensor, latent_dim: int) -> Tensor:
     moved = z @ turn
     axes: Tensor = torch.linalg.svd(moved - moved.mean(0), full_matrices=False)[2]
     return turn @ axes[:latent_dim].T
-
-
-def _as_functions(latents: KernelLatents, chosen: Tensor, sample: Tensor) -> tuple[KernelFunctions, Tensor]:
-    """Functions of the final coordinates and what turns them into the factors expected there."""
-    z, variance = latents.z, latents.covariance.diagonal(dim1=1, dim2=2)
-    functions = KernelFunctions.of(z[sample], z[chosen], WIDTH * variance[sample].mean(0).sqrt(), DRAWN)
-    turn = torch.linalg.lstsq(functions.at(z[sample]), latents.factors[sample]).solution
-    return functions, turn

@@ -44,7 +44,8 @@ class SubspaceRequest:
     """A stack, the rows of it to use, how many coordinates, and threads (None: all).
 
     `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
-    `held_out_fraction` of the particles only measure that network.
+    `held_out_fraction` of the particles only measure that network. `half_set`: the rows are of this half set
+    (0 or 1), and noise is taken from its images alone.
     """
 
     stack: Path
@@ -55,6 +56,7 @@ class SubspaceRequest:
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
+    half_set: int | None = None
 
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
@@ -85,6 +87,8 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
+    if request.half_set is not None:
+        stack = stack.with_half_noise(request.half_set)
     described = {
         "method": "subspace" if request.decoder == "linear" else "vae",
         "decoder": request.decoder,
@@ -93,6 +97,8 @@ def train_subspace(request: SubspaceRequest) -> None:
         "settings": asdict(request.settings()) | {"latent_dim": request.latent_dim},
         "held_out_fraction": request.held_out_fraction if request.decoder == "basis" else 0,
     }
+    if request.half_set is not None:
+        described["noise_of_half_set"] = request.half_set
     fingerprint, run = digest(described), request.run
     with only_writer(run):
         if finished(run, fingerprint):
