@@ -74,11 +74,6 @@ ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes th
     "batch 256, rate x 4": ("hinge24", f"{USUAL} --batch-size 256 --learning-rate 4e-3", 20),
     "width 256": ("hinge24", f"{USUAL} --encoder-width 256 --decoder-width 256", 20),
     "width 1024": ("hinge24", f"{USUAL} --encoder-width 1024 --decoder-width 1024", 20),
-    "width 1024, rate 1e-4": (
-        "hinge24",
-        f"{USUAL} --encoder-width 1024 --decoder-width 1024 --learning-rate 1e-4",
-        20,
-    ),
     "hinge24 default": ("hinge24", "", 20),
 }
 

@@ -76,9 +76,8 @@ def kernel_model(
     good = good[torch.randperm(len(good), generator=rng)]
     chosen, sample = good[:LANDMARKS], good[:SAMPLE]
     d, exact = stack.box_size_px, settings.cg_iterations + 1
-    most, iterations = affordable(d, MAPS, exact)
     variance = where.covariance.diagonal(dim1=1, dim2=2)
-    functions = _functions(where.z, variance, chosen, sample, most)
+    functions = _functions(where.z, variance, chosen, sample, MAPS)
     weights, shares = functions.at(where.z), torch.cat([torch.ones(1).double(), PRIOR * functions.share])
     fit.level.maps = maps_of(fit.level, fit, weights, shares, exact, settings)
     seen = seen_of(fit.level, fit.known.poses, where, settings)
@@ -91,9 +90,13 @@ def kernel_model(
     )
     maps = fit.level.maps.clone()
     if fit.level.lattice.box_size_px != d:
-        maps = regressed_maps(stack, rows, fit, weights, shares, iterations, settings)
+        most, iterations = affordable(d, len(functions), exact)
+        log.info("maps at %d px: the mean and %d of %d functions", d, most, len(functions))
+        first = slice(1 + most)
+        maps = regressed_maps(stack, rows, fit, weights[:, first], shares[first], iterations, settings)
     drawn = _functions(latents.z, latents.covariance.diagonal(dim1=1, dim2=2), chosen, sample, DRAWN)
-    turn = torch.linalg.lstsq(drawn.at(latents.z[sample]), latents.factors[sample]).solution
+    known = latents.factors[sample, : len(maps)]
+    turn = torch.linalg.lstsq(drawn.at(latents.z[sample]), known).solution
     model = KernelModel(
         maps=maps,
         functions=drawn,
