@@ -325,45 +325,47 @@ def test_a_finished_subspace_is_left_as_it_is(learnt: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def nonlinear(learnt: Path) -> Path:
-    """The default model of the same particles."""
-    run(f"train {learnt}/stack -o {learnt}/vae")
-    return learnt / "vae"
+def nonlinear(learnt: Path) -> dict[str, Path]:
+    """The nonlinear models of the same particles."""
+    for decoder in ("kernel", "basis"):
+        run(f"train {learnt}/stack --decoder {decoder} -o {learnt}/{decoder}")
+    return {decoder: learnt / decoder for decoder in ("kernel", "basis")}
 
 
-def test_the_network_in_the_span_of_the_maps_does_not_lose_what_the_subspace_found(
-    learnt: Path, nonlinear: Path
+@pytest.mark.parametrize("decoder", ["kernel", "basis"])
+def test_a_nonlinear_model_draws_better_and_does_not_lose_what_the_subspace_found(
+    learnt: Path, nonlinear: dict[str, Path], decoder: str
 ) -> None:
     truth = read_truth(learnt / "set")
-    scores = latent_scores(nonlinear, truth)
+    scores = latent_scores(nonlinear[decoder], truth)
     assert min(scores["r2"].values()) > 0.9
     assert max(scores["leakage"].values()) < 0.05
-    for name in ("run", "vae"):
+    for name in ("run", decoder):
         run(f"evaluate --run {learnt}/{name} --truth {learnt}/set --write-points {learnt}/{name}.csv")
         run(f"volumes {learnt}/{name} --z {learnt}/{name}.csv -o {learnt}/{name}_volumes")
         run(f"evaluate {learnt}/{name}_volumes --run {learnt}/{name} --truth {learnt}/set")
     linear, curved = (
         json.loads((learnt / f"{name}_volumes" / "metrics.json").read_text())["fsc_auc"]["moving"]
-        for name in ("run", "vae")
+        for name in ("run", decoder)
     )
     assert curved > linear
 
 
-def test_held_out_particles_only_measure(nonlinear: Path) -> None:
-    latents = read_latents(nonlinear)
+def test_held_out_particles_only_measure(nonlinear: dict[str, Path]) -> None:
+    latents = read_latents(nonlinear["basis"])
     assert latents.held_out is not None
     assert latents.held_out.sum() == 75  # 5 % of 1500
     assert latents.z.shape == (1500, 8)
     assert (latents.std > 0).all()
-    last = json.loads((nonlinear / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((nonlinear["basis"] / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_reconstruction"] == pytest.approx(last["reconstruction"], rel=0.05)
     assert last["kld"] > 1
 
 
-def test_factors_turned_to_their_axes_draw_the_same_volumes(nonlinear: Path) -> None:
-    model = load_model(nonlinear)
+def test_factors_turned_to_their_axes_draw_the_same_volumes(nonlinear: dict[str, Path]) -> None:
+    model = load_model(nonlinear["basis"])
     assert isinstance(model, BasisModel)
-    z = torch.from_numpy(read_latents(nonlinear).z)
+    z = torch.from_numpy(read_latents(nonlinear["basis"]).z)
     weights = model.factors(z)
     assert torch.allclose(weights[:, 0], torch.ones(len(z)))
     assert weights[:, 1:].mean(0).abs().max() < 0.1
