@@ -75,6 +75,19 @@ def test_distinct_groups_are_found_with_their_number():
     assert adjusted_rand_score(truth, labels[:1060]) > 0.99
 
 
+def test_groups_have_no_finer_structure_than_particles_are_uncertain_by():
+    rng = np.random.default_rng(10)
+    truth = np.repeat(np.arange(4), 500)
+    scatter = rng.choice([0.02, 0.2], size=(2000, 1)) * rng.normal(size=(2000, 3))  # a core and a halo each
+    z = 3 * rng.normal(size=(4, 3))[truth] + scatter
+    everyone = np.ones(2000, dtype=bool)
+    labels = distinct_groups(z, everyone, std=np.full((2000, 3), 0.4))
+    assert labels is not None
+    assert adjusted_rand_score(truth, labels) > 0.99
+    exact = distinct_groups(z, everyone)
+    assert exact is None or len(np.unique(exact)) > 4
+
+
 @pytest.mark.parametrize("shape", ["line", "cloud", "arc", "two states that each move", "one point"])
 def test_a_continuum_is_not_taken_for_groups(shape):
     rng = np.random.default_rng(9)

@@ -102,7 +102,7 @@ def analyze_run(run: Path, settings: AnalysisSettings | None = None) -> dict[str
     log.info("%d particles, %d latent dimensions", len(latents), latents.z.shape[1])
     components = principal_components(latents.z)
     fitted = well_fitted_rows(latents)
-    groups = None if settings.clusters else distinct_groups(latents.z, fitted, settings.seed)
+    groups = None if settings.clusters else distinct_groups(latents.z, fitted, settings.seed, std=latents.std)
     if groups is None:
         centers, labels, rows = kmeans_centers(latents.z, settings.clusters or PARTS, settings.seed)
     else:

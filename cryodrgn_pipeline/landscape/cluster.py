@@ -21,6 +21,8 @@ PATIENCE = 4  # more groups that are tried in vain before the search ends
 GROUPING_PARTICLES = 10_000
 SURE = 0.98  # mean probability of a particle's own group, above which groups count as distinct
 BETWEEN = 0.5  # share of the variance that lies between distinct groups
+NARROWEST = 0.5  # of a particle's own standard deviation: groups have no finer structure than that
+SMALLEST_VARIANCE = 1e-4  # of a group, as a share of the coordinate's
 UNUSED = 0.05  # of the widest coordinate's spread: a narrower one says nothing
 
 
@@ -74,18 +76,25 @@ def kmeans_centers(
 
 
 def distinct_groups(
-    z: NDArray[np.floating], counted: NDArray[np.bool_], seed: int = 0
+    z: NDArray[np.floating],
+    counted: NDArray[np.bool_],
+    seed: int = 0,
+    *,
+    std: NDArray[np.floating] | None = None,
 ) -> NDArray[np.int64] | None:
     """The discrete states that particles fall into; None where they form a continuum.
 
     Gaussian mixtures of 1 … 20 groups are fitted to at most 10,000 particles, the integrated completed
     likelihood (Biernacki et al. 2000) chooses. Its groups count as distinct where particles belong to one of
-    them with a mean probability above 0.98 and most of the variance lies between them.
+    them with a mean probability above 0.98 and most of the variance lies between them. No group is narrower
+    than half of what a particle's own place is uncertain by.
 
     Parameters
     ----------
     z, counted
         `(N, J)` coordinates, and the `(N,)` particles that make the groups; all are given one.
+    std
+        `(N, J)` standard deviations of the coordinates, in their unit; None: they are exact.
 
     Returns
     -------
@@ -103,12 +112,15 @@ def distinct_groups(
         return None
     used = spread > UNUSED * spread.max()
     points = np.asarray(z[:, used], dtype=np.float64) / spread[used]
+    least = 0.0 if std is None else np.mean((np.median(std[some][:, used], axis=0) / spread[used]) ** 2)
+    narrowest = max(SMALLEST_VARIANCE, NARROWEST**2 * float(least))
     chosen, best, sure = None, np.inf, 0.0
     most = min(MOST_GROUPS, len(some) // (10 * points.shape[1]))
     with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for count in range(1, most + 1):
-            mixture = GaussianMixture(count, n_init=2, random_state=seed, reg_covar=1e-4).fit(points[some])
+            mixture = GaussianMixture(count, n_init=2, random_state=seed, reg_covar=narrowest)
+            mixture.fit(points[some])
             probability = mixture.predict_proba(points[some])
             doubt = -(probability * np.log(np.maximum(probability, 1e-300))).sum()
             criterion = mixture.bic(points[some]) + 2 * doubt
