@@ -15,6 +15,7 @@ from cryodrgn_pipeline.evaluate import mean_gain, paired_gain
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PEER = "cryodrgn"
 MASKS = ("unmasked", "union", "moving")
+PANELS_A_ROW = 4
 
 
 @dataclass(kw_only=True)
@@ -222,10 +223,13 @@ def figure(rows: list[Row], path: Path) -> None:
     groups = list(by_set(rows))
     if not groups:
         return
+    rows_of_panels = -(-len(groups) // PANELS_A_ROW)
     made, axes = plt.subplots(
-        1, len(groups), figsize=(3.2 * len(groups), 3), squeeze=False, layout="constrained"
+        rows_of_panels, PANELS_A_ROW, figsize=(3.2 * PANELS_A_ROW, 3 * rows_of_panels), layout="constrained"
     )
-    for axis, (name, group) in zip(axes[0], groups, strict=True):
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis, (name, group) in zip(axes.flat, groups, strict=False):
         for end, style in (("consensus", ":"), ("oracle", "--")):
             known = group[0].references[end]
             axis.axhline(known.get("moving", known["union"]), color="0.5", ls=style, label=end)
