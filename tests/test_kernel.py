@@ -11,7 +11,7 @@ import torch
 from cryodrgn_pipeline.io.checkpoints import load_model, save_model
 from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel
 from cryodrgn_pipeline.subspace.basis import Seen
-from cryodrgn_pipeline.subspace.kernel import placed
+from cryodrgn_pipeline.subspace.kernel import _functions, placed
 
 
 def circle(count: int, spread: float = 0.0) -> torch.Tensor:
@@ -133,3 +133,12 @@ def test_a_model_is_stored_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("most", [1, 4])
 def test_no_more_functions_than_asked_for(most: int) -> None:
     assert len(functions_of(circle(200), most)) == most
+
+
+@pytest.mark.parametrize(("std", "expected"), [(0.001, 1.0), (0.5, 2.0)])
+def test_a_kernel_is_at_least_as_wide_as_the_particles_lie(std: float, expected: float) -> None:
+    z = circle(400)
+    z = z / z.std(0)
+    rows = torch.arange(400)
+    functions = _functions(z, torch.full_like(z, std**2), rows[:100], rows, 5)
+    torch.testing.assert_close(functions.width, torch.full((2,), expected).double(), atol=1e-6, rtol=0)
