@@ -93,6 +93,7 @@ def network_step(maps: int) -> float:
         inner=torch.randn(4096, maps, generator=rng),
         power=torch.ones(4096),
         known=torch.zeros(4096),
+        coefficients=1000,
     )
     vae = BasisVae(BasisConfig(components=maps - 1))
     optimiser = torch.optim.Adam(vae.parameters(), lr=1e-3)
