@@ -80,6 +80,16 @@ def trainings():
     return found
 
 
+def all_exports():
+    """The particle files of the named subsets, where they are wanted."""
+    return [
+        f"<results>/{dataset}/{subset}/particles.{kind}"
+        for dataset, content in config["datasets"].items()
+        for subset in content["subsets"]
+        for kind in content["export"]
+    ]
+
+
 def all_reports():
     return [f"{run_dir(*training)}/report.html" for training in trainings()]
 
@@ -367,7 +377,17 @@ def import_manifest(wildcards):
 
 wildcard_constraints:
     dataset=either(config["datasets"]),
-    subset=either({subset for _, subset, _ in trainings()}),
+    subset=either(
+        {
+            "all",
+            *(
+                name
+                for content in config["datasets"].values()
+                for name in content["subsets"]
+            ),
+        }
+    ),
     run=either({run for _, _, run in trainings()}),
     box=r"\d+",
     series=r"centers|pc\d+|direct|graph",
+    kind="star|cs",

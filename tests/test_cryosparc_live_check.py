@@ -77,6 +77,16 @@ def test_what_works_otherwise_is_a_no_and_no_failure(
     assert noes == {"are foreign uids refused?", "are image stacks visible on this machine?"}
 
 
+def test_an_import_that_cannot_be_queued_is_a_no(there: Instance) -> None:
+    there.state.faults[:] = [Fault("jobs.enqueue", "error")]
+    done = there.run(*CHECK)
+    assert done.returncode == 0, done.stderr
+    assert {question for question, answer in answers(done.stdout).items() if answer == "no"} == {
+        "do its maps come in by Import 3D Volumes?"
+    }
+    assert "without --import-volumes" in done.stdout
+
+
 def test_a_failure_ends_the_check_and_the_job_is_marked_as_failed(there: Instance) -> None:
     there.state.faults[:] = [Fault("projects.mkdir", "error")]
     done = there.run(*CHECK)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import starfile
+from cryosparc.dataset import Dataset
 from test_workflow import CHECKOUT, SNAKEFILE, TINY, configured, planned, snakemake
 
 from cryodrgn_pipeline.io.tables import read_particles
@@ -153,6 +155,14 @@ def change_the_particles(folder: Path) -> None:
     assert plan(folder) == expected
 
 
+def export_the_subsets(folder: Path) -> None:
+    given = dataset_of_the_tests()["subsets"]
+    assert plan(folder, export=["star", "cs"]) == {"export_particles": 4}
+    untrained = {"untrained": {"from_run": "vae", "clusters": [2]}}
+    expected = {"select_subset": 1, "export_particles": 3}
+    assert plan(folder, export=["star"], subsets=given | untrained) == expected
+
+
 def give_maps(folder: Path) -> None:
     for key in ("reference", "mask"):
         expected = {"reconstruct_consensus": 1, "write_report": 3}
@@ -181,6 +191,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "`analyze:`": change_the_analysis,
     "`train:`": change_the_training,
     "the particle file's content, `set`, `conventions`": change_the_particles,
+    "`export:`": export_the_subsets,
     "`reference`, `mask`": give_maps,
     "`resources:`": change_resources,
     "the image stacks": change_the_stacks,
@@ -243,6 +254,18 @@ def test_changed_subsets_are_trained_on_and_nothing_else_is_written(again: Path)
     kept = {path: at for path, at in before.items() if not any(map(path.is_relative_to, changed))}
     assert len(kept) > 20
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_subsets_are_written_for_relion_and_for_cryosparc(again: Path) -> None:
+    configured(again, {"datasets": {"mine": dataset_of_the_tests() | {"export": ["star", "cs"]}}})
+    run(again)
+    assert planned("-s", SNAKEFILE, cwd=again) == {}
+    for subset in ("few", "most"):
+        folder = again / "results" / "mine" / subset
+        written = starfile.read(folder / "particles.star")["particles"]
+        assert list(written["rlnImageName"]) == latent_ids(again, subset)
+        assert len(Dataset.load(folder / "particles.cs")) == len(written)
+        assert (folder / "particles.csg").is_file()
 
 
 def test_a_failed_job_names_its_reason_on_the_screen_and_leaves_the_other_subsets(again: Path) -> None:

@@ -115,9 +115,10 @@ def live_check_verb(
 ) -> None:
     """Ask a running cryoSPARC whether it does all that read-cryosparc and push rely on.
 
-    Makes one external job in the scratch workspace and fills it with made-up
-    coordinates and maps; delete it afterwards. Prints a line per question: yes;
-    no (it works, but otherwise than assumed; push copes); failed (exit code 1).
+    Makes one external job in the scratch workspace, fills it with made-up
+    coordinates and maps, and imports the maps by a second job; delete both
+    afterwards. Prints a line per question: yes; no (it works, but otherwise than
+    assumed; push copes); failed (exit code 1).
 
     Example: cryodrgn-pipeline live-check --project P3 --workspace W9 --job J42
     """

@@ -293,6 +293,9 @@ class Dataset(Section):
     preprocess: Preprocess = _overriding(Preprocess())
     consensus: Consensus = _overriding(Consensus())
     subsets: dict[Name, Subset] = Field({}, description="named particle subsets; 'all' is always there")
+    export: list[Literal["star", "cs"]] = Field(
+        [], description="write each subset's particles as star (RELION) and/or cs (cryoSPARC) files"
+    )
     runs: Annotated[dict[Name, Run], Field(min_length=1)] = Field(
         {"vae": Run()}, description="named trainings"
     )

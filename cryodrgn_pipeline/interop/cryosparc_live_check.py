@@ -14,6 +14,7 @@ import numpy as np
 from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import CryodrgnPipelineError, ExternalJobError
 from cryodrgn_pipeline.interop.cryosparc_client import Connection, Output
+from cryodrgn_pipeline.interop.cryosparc_import import import_maps
 from cryodrgn_pipeline.interop.cryosparc_job import BUILDING, COMPLETED, ExternalJob, filling
 from cryodrgn_pipeline.interop.cryosparc_push import (
     INPUT,
@@ -272,6 +273,15 @@ def _is_complete(look: _Look) -> str:
     return "; ".join(f"{name}: {output.rows} rows" for name, output in outputs.items())
 
 
+def _are_imported(look: _Look) -> str:
+    made: list[str] = []
+    try:
+        import_maps(look.connection, look.target.workspace, look.job, len(MAPS), None, made.append)
+    except ExternalJobError as error:
+        raise _OtherwiseError(f"{error}: use push without --import-volumes") from error
+    return f"{made[0]}, delete it as well"
+
+
 WHILE_FILLING: dict[str, Callable[[_Look], str]] = {
     "do particles load with all slots, also those passed through?": _loads_all_slots,
     "are image stacks visible on this machine?": _sees_images,
@@ -287,4 +297,7 @@ WHILE_FILLING: dict[str, Callable[[_Look], str]] = {
     "does it take log lines and images?": _takes_events,
     "can it be failed, cleared and filled again?": _is_filled_again,
 }
-AFTERWARDS: dict[str, Callable[[_Look], str]] = {"is it completed in the end?": _is_complete}
+AFTERWARDS: dict[str, Callable[[_Look], str]] = {
+    "is it completed in the end?": _is_complete,
+    "do its maps come in by Import 3D Volumes?": _are_imported,
+}
