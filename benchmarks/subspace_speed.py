@@ -20,7 +20,7 @@ from cryodrgn_pipeline.fourier_images import FourierImages
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae
 from cryodrgn_pipeline.subspace.basis import BATCH_SIZE, Seen, _elbo, _one_thread
 from cryodrgn_pipeline.subspace.images import level_plane
-from cryodrgn_pipeline.subspace.maps import required_bytes
+from cryodrgn_pipeline.subspace.memory import required_bytes
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
 from cryodrgn_pipeline.subspace.sums import NormalEquations, inner_products, pack
 

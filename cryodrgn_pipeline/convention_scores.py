@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.fourier.fsc import mean_fsc
-from cryodrgn_pipeline.fourier.slices import PADDING
+from cryodrgn_pipeline.fourier.sizes import PADDING
 from cryodrgn_pipeline.fourier_images import FourierImages
 from cryodrgn_pipeline.reconstruct import SMALLEST_WEIGHT, Backprojection, grid_shells, prior_from_fsc
 

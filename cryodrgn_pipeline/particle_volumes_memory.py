@@ -6,10 +6,8 @@ import logging
 from dataclasses import dataclass
 
 from cryodrgn_pipeline.errors import ConfigError
-from cryodrgn_pipeline.fourier.padded import ball_points
-from cryodrgn_pipeline.fourier.slices import PADDING
+from cryodrgn_pipeline.fourier.sizes import PADDING, ball_points, half_grid_points
 from cryodrgn_pipeline.io.memory import available_bytes
-from cryodrgn_pipeline.particle_volumes_sums import sums_bytes
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,18 @@ def plan_passes(
     return plan
 
 
+def numbers_of(*, with_model: bool) -> int:
+    """M, how many numbers are summed up at a point."""
+    return 5 if with_model else 3
+
+
+def sums_bytes(box_size_px: int, targets: int, widths: int, *, with_model: bool) -> int:
+    """Memory of the sums of T targets."""
+    cells = 2 * targets * (widths - 1) + 2
+    return cells * ball_points(box_size_px) * numbers_of(with_model=with_model) * 4
+
+
 def work_bytes(box_size_px: int) -> int:
     """Memory of the work on one target, beside its sums."""
-    size = PADDING * box_size_px
-    return 4 * (PADDED_ARRAYS * size * size * (size // 2 + 1) + BOX_ARRAYS * box_size_px**3)
+    padded = half_grid_points(PADDING * box_size_px)
+    return 4 * (PADDED_ARRAYS * padded + BOX_ARRAYS * box_size_px**3)

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryodrgn_pipeline.fourier.padded import Ball, ball_points, padded_spectrum
+from cryodrgn_pipeline.fourier.padded import Ball, padded_spectrum
+from cryodrgn_pipeline.fourier.sizes import PADDING
 from cryodrgn_pipeline.fourier.slices import (
-    PADDING,
     conjugate_flip,
     extract_slices,
     gridding_window,
@@ -25,6 +25,7 @@ from cryodrgn_pipeline.fourier.slices import (
     splat_slices,
 )
 from cryodrgn_pipeline.fourier_images import FourierImages, stream
+from cryodrgn_pipeline.particle_volumes_memory import numbers_of
 from cryodrgn_pipeline.particle_volumes_rings import Rings
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import level_plane, noise_precision
@@ -247,17 +248,6 @@ def accumulate_targets(
         if advance is not None:
             advance(len(images))
     return sums
-
-
-def numbers_of(*, with_model: bool) -> int:
-    """M, how many numbers are summed up at a point."""
-    return 5 if with_model else 3
-
-
-def sums_bytes(box_size_px: int, targets: int, widths: int, *, with_model: bool) -> int:
-    """Memory of the sums of T targets."""
-    cells = 2 * targets * (widths - 1) + 2
-    return cells * ball_points(box_size_px) * numbers_of(with_model=with_model) * 4
 
 
 def _geometry(images: FourierImages) -> tuple[NDArray[Any], ...]:

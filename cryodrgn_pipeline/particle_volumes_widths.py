@@ -26,7 +26,8 @@ from cryodrgn_pipeline.fourier.padded import (
     unpadded_shells,
     windowed,
 )
-from cryodrgn_pipeline.fourier.slices import PADDING, gridding_window
+from cryodrgn_pipeline.fourier.sizes import PADDING
+from cryodrgn_pipeline.fourier.slices import gridding_window
 from cryodrgn_pipeline.particle_volumes_sums import KernelSums
 from cryodrgn_pipeline.subspace.solve import BEYOND
 

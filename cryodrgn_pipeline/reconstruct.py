@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.sizes import PADDING
 from cryodrgn_pipeline.fourier.slices import (
-    PADDING,
     complete_splat,
     grid_volume,
     slice_coordinates,

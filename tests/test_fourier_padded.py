@@ -8,7 +8,6 @@ import torch
 from cryodrgn_pipeline.fourier import padded
 from cryodrgn_pipeline.fourier.padded import (
     Ball,
-    ball_points,
     central_box,
     overlap_window,
     padded_spectrum,
@@ -17,6 +16,7 @@ from cryodrgn_pipeline.fourier.padded import (
     windowed,
     windowed_unpadded,
 )
+from cryodrgn_pipeline.fourier.sizes import ball_points
 from cryodrgn_pipeline.fourier.slices import gridding_window, volume_grid
 from cryodrgn_pipeline.fourier.transforms import rfftn_radius
 from cryodrgn_pipeline.subspace.solve import Lattice

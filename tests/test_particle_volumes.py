@@ -29,7 +29,7 @@ from cryodrgn_pipeline.io.checkpoints import load_model
 from cryodrgn_pipeline.io.ids import write_ids
 from cryodrgn_pipeline.io.runs import read_latents, write_z
 from cryodrgn_pipeline.particle_volumes_maps import StateMap, fsc_of_halves, state_map
-from cryodrgn_pipeline.particle_volumes_memory import work_bytes
+from cryodrgn_pipeline.particle_volumes_memory import sums_bytes, work_bytes
 from cryodrgn_pipeline.particle_volumes_rings import Rings, rings_of, squared_distances
 from cryodrgn_pipeline.particle_volumes_sums import (
     DATA,
@@ -39,7 +39,6 @@ from cryodrgn_pipeline.particle_volumes_sums import (
     image_values,
     packed_grids,
     predicted,
-    sums_bytes,
 )
 from cryodrgn_pipeline.particle_volumes_widths import band_weights
 from cryodrgn_pipeline.stack import Stack

@@ -9,8 +9,8 @@ import pytest
 from cryodrgn_pipeline import particle_volumes_memory
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.io import memory
-from cryodrgn_pipeline.particle_volumes_memory import GIB, SHARE, plan_passes
-from cryodrgn_pipeline.particle_volumes_sums import TargetSums, sums_bytes
+from cryodrgn_pipeline.particle_volumes_memory import GIB, SHARE, plan_passes, sums_bytes
+from cryodrgn_pipeline.particle_volumes_sums import TargetSums
 
 
 def plan(box_size_px: int, targets: int, memory_gb: float | None):

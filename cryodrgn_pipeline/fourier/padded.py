@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cryodrgn_pipeline.fourier.slices import PADDING
+from cryodrgn_pipeline.fourier.sizes import PADDING
 from cryodrgn_pipeline.fourier.transforms import rfftn_radius
 
 CHUNK_POINTS = 2**20
@@ -46,12 +46,6 @@ class Ball:
     def packed(self, grid: Tensor) -> Tensor:
         """What lies inside the ball, `(V,)`."""
         return grid[self.inside]
-
-
-def ball_points(box_size_px: int) -> int:
-    """V of a `Ball`, to within a few parts in a thousand."""
-    size = PADDING * box_size_px
-    return round(2 / 3 * math.pi * (size / 2 + math.sqrt(3)) ** 3 + math.pi / 2 * (size / 2) ** 2)
 
 
 def slabs(shape: Sequence[int], axis: int) -> Iterator[slice]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.sizes import PADDING
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, rfftn_radius
-
-PADDING = 2
 
 
 def slice_coordinates(plane: HalfPlane, rotation: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -24,7 +24,8 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen, seen_of
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit
-from cryodrgn_pipeline.subspace.maps import affordable, maps_of, regressed_maps
+from cryodrgn_pipeline.subspace.maps import maps_of, regressed_maps
+from cryodrgn_pipeline.subspace.memory import affordable
 from cryodrgn_pipeline.subspace.placing import kept_subspace
 from cryodrgn_pipeline.subspace.sums import pack, pairs
 

@@ -21,14 +21,13 @@ from cryodrgn_pipeline.subspace.em import (
     start_level,
 )
 from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.memory import BUDGET_BYTES, affordable, required_bytes
 from cryodrgn_pipeline.subspace.solve import solve
-from cryodrgn_pipeline.subspace.sums import half_grid_points
 
 log = logging.getLogger(__name__)
 
 CURVED = 2
 CURVED_PRIOR = 0.05  # power of the maps of squares and products, as a share of the mean map's
-BUDGET_BYTES = 8 * 2**30
 
 
 def linear_model(
@@ -131,27 +130,3 @@ def maps_of(
     prior = shares[:, None] * state.mean_power
     maps = solve(state.lattice, back, normal, prior, iterations=iterations, kernel=settings.kernel)
     return maps * state.lattice.mask
-
-
-def affordable(box_size_px: int, maps: int, iterations: int) -> tuple[int, int]:
-    """How many of so many maps beside the mean can be solved for in 8 GiB, and with how many iterations.
-
-    The last maps are left out down to four, then the exact solve.
-    """
-    while maps > 4 and required_bytes(box_size_px, 1 + maps, iterations) > BUDGET_BYTES:
-        maps -= 1
-    fits = required_bytes(box_size_px, 1 + maps, iterations) <= BUDGET_BYTES
-    return maps, iterations if fits else 0
-
-
-def required_bytes(box_size_px: int, maps: int, iterations: int) -> int:
-    """Memory of the normal equations of K maps and of their solve.
-
-    Sums, weights of all pairs of maps, and transforms in work; without iterations the weights of pairs lie on
-    the unpadded grid, twice.
-    """
-    padded, unpadded = (half_grid_points(n * box_size_px) for n in (2, 1))
-    pairs = maps * (maps + 1) // 2
-    if iterations:
-        return 4 * padded * (pairs + 8 * maps + 32)
-    return 4 * (padded * (2 * maps + 8) + unpadded * (2 * pairs + 4 * maps))

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cryodrgn_pipeline.fourier.slices import PADDING, gridding_window, volume_grid
+from cryodrgn_pipeline.fourier.sizes import PADDING, half_grid_points
+from cryodrgn_pipeline.fourier.slices import gridding_window, volume_grid
 from cryodrgn_pipeline.reconstruct import grid_shells
-from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, half_grid_points, pack, unpack
+from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, pack, unpack
 
 FFTS_AT_ONCE = 4
 BEYOND = 1e3  # times the strongest prior, where |k| > D/2 and no image says anything

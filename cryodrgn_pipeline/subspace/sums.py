@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.fourier.sizes import PADDING, half_grid_points
 from cryodrgn_pipeline.fourier.slices import (
-    PADDING,
     complete_splat,
     extract_slices,
     slice_coordinates,
@@ -143,11 +143,6 @@ class NormalEquations:
             torch.flip(edge, dims=(0, 1)), shifts=(1, 1), dims=(0, 1)
         )  # the other half of kx = 0
         return torch.stack(back), self.normal
-
-
-def half_grid_points(size: int) -> int:
-    """Points of the half spectrum of a `size`³ box."""
-    return size * size * (size // 2 + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
