@@ -1,5 +1,6 @@
 # make demo    install into .venv, then run the whole workflow on a simulated set with known answers
 # make test    install, then run all tests        (PYTEST_ARGS='-m "not heavy"' leaves out the long ones)
+# make test-cluster  the tests on a real Slurm, which they start: as root, on Debian or Ubuntu (half an hour)
 # make lint    formatting, typing and the workflow's own checks
 # make bench   score ours and cryoDRGN on sets with known answers (hours; BENCH_ARGS='--sets hinge32 --seeds 0')
 # make config  renew the schema, the template and the table of keys from the models
@@ -16,7 +17,7 @@ INSTALLED := .venv/installed
 LINT_CONFIG := 'datasets={lint: {particles: particles.star}}'
 
 .DELETE_ON_ERROR:
-.PHONY: demo install test lint bench config clean
+.PHONY: demo install test test-cluster lint bench config clean
 
 demo: $(INSTALLED)
 	$(BIN)/cryodrgn-pipeline demo -o demo --cores $(CORES)
@@ -36,6 +37,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m slurm $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cryodrgn_pipeline.errors import ConfigError, CryodrgnPipelineError
+from cryodrgn_pipeline.io.atomic import replacing
 
 if TYPE_CHECKING:
     import psutil
@@ -73,7 +75,7 @@ def run_workflow(
     cores
         Number of cores, or `all`.
     profile
-        One of ours (local-gpu, slurm) or any Snakemake profile.
+        A folder with a Snakemake profile, or the name of one of ours (local-gpu, slurm).
     extra
         Further words for Snakemake, passed on as they are.
     host
@@ -114,6 +116,36 @@ def snakemake_command(
         ours = root / "profiles" / profile
         command += ["--profile", str(ours) if ours.is_dir() and not Path(profile).is_dir() else profile]
     return [*command, *extra]
+
+
+def copy_profile(name: str, folder: Path, *, force: bool = False) -> Path:
+    """Copy one of our profiles into `folder`, to be filled in; `run --profile NAME` there takes the copy.
+
+    Parameters
+    ----------
+    name
+        local-gpu or slurm.
+    folder
+        Where `NAME/config.yaml` is written, usually the working directory.
+    force
+        Replace a copy that is already there.
+
+    Raises
+    ------
+    ConfigError
+        There is no such profile, or the copy exists and `force` is not set.
+    """
+    profiles = workflow_root() / "workflows" / "profiles"
+    known = sorted(path.name for path in profiles.iterdir() if path.name != "default")
+    if name not in known:
+        raise ConfigError(f"no profile {name}; there are: {', '.join(known)}")
+    copy = folder / name / "config.yaml"
+    if copy.exists() and not force:
+        raise ConfigError(f"{copy} exists and is left as it is; --force replaces it")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(copy) as temporary:
+        shutil.copyfile(profiles / name / "config.yaml", temporary)
+    return copy
 
 
 def run_command_line(words: Sequence[str]) -> int:

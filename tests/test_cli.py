@@ -12,6 +12,7 @@ import typer.main
 import cryodrgn_pipeline
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.config import load_config
+from cryodrgn_pipeline.workflow import snakemake_command, workflow_root
 
 VERBS = (
     "import",
@@ -92,6 +93,33 @@ def test_init_finds_the_passthrough_file_of_the_same_cryosparc_job(tmp_path: Pat
     assert load_config(tmp_path / "config.yaml").datasets["ours"].passthrough == [
         "J24_passthrough_particles.cs"
     ]
+
+
+def test_init_copies_a_profile_to_fill_in_and_run_takes_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = command_line("init", "--profile", "slurm", cwd=tmp_path)
+    assert done.stdout == "slurm/config.yaml\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["slurm"]
+    ours = workflow_root() / "workflows" / "profiles" / "slurm" / "config.yaml"
+    copy = tmp_path / "slurm" / "config.yaml"
+    assert copy.read_text() == ours.read_text()
+    copy.write_text("executor: slurm\n")
+    refused = command_line("init", "--profile", "slurm", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+    assert copy.read_text() == "executor: slurm\n"
+    monkeypatch.chdir(tmp_path)
+    assert snakemake_command(Path("c.yaml"), cores=None, profile="slurm", extra=[])[-1] == "slurm"
+
+
+def test_init_with_particles_and_a_profile_writes_both(tmp_path: Path) -> None:
+    (tmp_path / "p.star").touch()
+    done = command_line("init", "--particles", "p.star", "--profile", "local-gpu", cwd=tmp_path)
+    assert done.stdout.split() == ["local-gpu/config.yaml", "config.yaml"]
+    unknown = command_line("init", "--profile", "pbs", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "local-gpu, slurm" in unknown.stderr
 
 
 def test_init_leaves_a_file_that_is_there_unless_forced(tmp_path: Path) -> None:

@@ -25,14 +25,26 @@ def init_verb(
         Path | None, typer.Option(help="Your own consensus map (.mrc), to check hand and pixel size too.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the dataset; else the file's name.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Copy our profile slurm or local-gpu here, as NAME/config.yaml, to fill in what your site"
+            " wants; the config.yaml itself is then written with --particles only."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Write a commented config.yaml for your particles: every key, its default and its unit.
 
     Example: cryodrgn-pipeline init --particles Refine3D/job012/run_data.star -o config.yaml
     """
     from cryodrgn_pipeline.demo import write_config
+    from cryodrgn_pipeline.workflow import copy_profile
 
+    if profile is not None:
+        typer.echo(copy_profile(profile, Path(), force=force))
+        if particles is None:
+            return
     write_config(
         output,
         particles=particles,
@@ -57,7 +69,7 @@ def run_verb(
         str | None, typer.Option("-c", "--cores", help="Number of cores, or all; default: all.")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="local-gpu, slurm, or a Snakemake profile of your own.")
+        str | None, typer.Option(help="local-gpu, slurm, or a folder with a Snakemake profile of your own.")
     ] = None,
 ) -> None:
     """Run the whole workflow of a config.yaml, from import to report; only what a change touches runs again.
