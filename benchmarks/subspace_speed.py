@@ -1,6 +1,7 @@
 """What the subspace costs per image and per map, measured against the formulas of docs/scaling.md.
 
     python benchmarks/subspace_speed.py --boxes 32 64 128 --maps 7 --threads 2
+    python benchmarks/subspace_speed.py --boxes 64 128 256 --maps 7 --images 2000 --device cuda
 
 Images are noise: what they show does not change what they cost. Times exclude compilation.
 """
@@ -29,13 +30,14 @@ CG_ITERATIONS = 4
 
 def seconds(call: Callable[[], object], repeats: int = 3) -> float:
     """The least of some runs, after one that compiles."""
-    call()
     taken = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(taken[1:])
 
 
 def status_kib(name: str) -> int:
@@ -44,43 +46,47 @@ def status_kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def noise_images(box_size_px: int, count: int) -> FourierImages:
+def noise_images(box_size_px: int, count: int, device: str) -> FourierImages:
     """Images at random directions."""
     rng = torch.Generator().manual_seed(0)
     plane = level_plane(box_size_px, box_size_px)
     rotation, _ = torch.linalg.qr(torch.randn(count, 3, 3, generator=rng))
     return FourierImages(
-        plane=plane,
-        coefficients=torch.complex(*torch.randn(2, count, len(plane), generator=rng)),
-        ctf=torch.randn(count, len(plane), generator=rng),
-        rotation=rotation,
-        scale=torch.ones(count),
-        noise_group=torch.zeros(count, dtype=torch.long),
+        plane=plane.to(device),
+        coefficients=torch.complex(*torch.randn(2, count, len(plane), generator=rng)).to(device),
+        ctf=torch.randn(count, len(plane), generator=rng).to(device),
+        rotation=rotation.to(device),
+        scale=torch.ones(count, device=device),
+        noise_group=torch.zeros(count, dtype=torch.long, device=device),
     )
 
 
-def passes(box_size_px: int, maps: int, count: int) -> tuple[float, float]:
+def passes(box_size_px: int, maps: int, count: int, device: str) -> tuple[float, float]:
     """Milliseconds an image of the pass that sums and of the pass that looks."""
-    images = noise_images(box_size_px, count)
-    weight = torch.ones(1, len(images.plane))
-    linear = torch.randn(count, maps)
+    images = noise_images(box_size_px, count, device)
+    weight = torch.ones(1, len(images.plane), device=device)
+    linear = torch.randn(count, maps, device=device)
     second = pack(linear[:, :, None] * linear[:, None])
-    sums, lattice = NormalEquations(box_size_px, maps), Lattice(box_size_px)
+    sums = NormalEquations(box_size_px, maps, device=device)
+    lattice = Lattice(box_size_px, device=device)
     columns = lattice.columns(torch.randn(maps, *(box_size_px,) * 3))
     summed = seconds(lambda: sums.add(images, weight, linear, second))
     seen = seconds(lambda: inner_products(columns, lattice.size, images, weight))
     return 1e3 * summed / count, 1e3 * seen / count
 
 
-def solved(box_size_px: int, maps: int) -> None:
-    """Sums of a few images and their solve: what --memory measures in a process of its own."""
-    images, lattice = noise_images(box_size_px, 8), Lattice(box_size_px)
-    linear = torch.randn(8, maps)
-    sums = NormalEquations(box_size_px, maps)
-    sums.add(images, torch.ones(1, len(images.plane)), linear, pack(linear[:, :, None] * linear[:, None]))
+def solved(box_size_px: int, maps: int, device: str) -> float:
+    """Sums of a few images and their solve, in seconds: what --memory measures in a process of its own."""
+    images, lattice = noise_images(box_size_px, 8, device), Lattice(box_size_px, device=device)
+    linear = torch.randn(8, maps, device=device)
+    sums = NormalEquations(box_size_px, maps, device=device)
+    weight = torch.ones(1, len(images.plane), device=device)
+    sums.add(images, weight, linear, pack(linear[:, :, None] * linear[:, None]))
+    start = time.perf_counter()
     back, normal = sums.complete(lattice)
     del sums
     solve(lattice, back, normal, torch.ones(maps, box_size_px // 2 + 1), iterations=CG_ITERATIONS)
+    return time.perf_counter() - start
 
 
 def network_step(maps: int) -> float:
@@ -118,30 +124,33 @@ def main() -> int:
     parser.add_argument("--maps", type=int, default=7, help="mean and components")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", type=int, metavar="BOX", help="only solve at this box, print peak memory")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--memory", type=int, metavar="BOX", help="only solve at this box: seconds, peak GiB")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
         before = status_kib("VmRSS")
-        solved(options.memory, options.maps)
-        print((status_kib("VmHWM") - before) / 2**20)
+        taken = min(solved(options.memory, options.maps, options.device) for _ in range(2))
+        peak = (status_kib("VmHWM") - before) / 2**20
+        print(taken, torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else peak)
         return 0
     print(
         "| box (px) | sum, ms an image | 10⁹ multiply-adds a second | look, ms an image | 10⁹ a second "
-        "| solve, peak GiB | by the formula |\n" + "|---" * 7 + "|"
+        "| solve, s | peak GiB | by the formula |\n" + "|---" * 8 + "|"
     )
     k = options.maps
     pairs = k * (k + 1) // 2
     for box in options.boxes:
-        summed, seen = passes(box, k, options.images)
+        summed, seen = passes(box, k, options.images, options.device)
         points = len(level_plane(box, box))
         words = [sys.executable, __file__, "--memory", str(box), "--maps", str(k)]
-        words += ["--threads", str(options.threads)]
-        peak = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        words += ["--threads", str(options.threads), "--device", options.device]
+        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        took, peak = map(float, printed.split())
         to_sum, to_look = points * 8 * (2 * k + pairs), points * (16 * k + 2 * pairs)
         print(
             f"| {box} | {summed:.2f} | {to_sum / summed / 1e6:.2f} | {seen:.2f} | {to_look / seen / 1e6:.2f} "
-            f"| {peak:.2f} | {required_bytes(box, k, CG_ITERATIONS) / 2**30:.2f} |"
+            f"| {took:.2f} | {peak:.2f} | {required_bytes(box, k, CG_ITERATIONS) / 2**30:.2f} |"
         )
     print(f"\nNetwork step, {k - 1} components, batches of {BATCH_SIZE}: {network_step(k):.4f} ms an image")
     return 0

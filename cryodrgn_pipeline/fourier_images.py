@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,11 @@ class FourierImages:
 
     def __len__(self) -> int:
         return len(self.coefficients)
+
+    def part(self, rows: slice) -> FourierImages:
+        """Some of these images."""
+        names = ("coefficients", "ctf", "rotation", "scale", "noise_group")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
 def noise_weights(noise: dict[int, NDArray[np.float64]], plane: HalfPlane) -> tuple[Tensor, dict[int, int]]:
@@ -83,7 +88,7 @@ def image_ctf(particles: ParticleSet, rows: NDArray[Any], plane: HalfPlane, pixe
     optics, defocus = particles.optics, particles.ctf
 
     def column(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.asarray(values[rows], dtype=np.float32))
+        return torch.from_numpy(np.asarray(values[rows], dtype=np.float32)).to(plane.kx.device)
 
     spacing = 1 / (column(optics.pixel_size_a) * plane.box_size_px)
     if len(torch.unique(spacing)) == 1:
@@ -108,7 +113,11 @@ def image_ctf(particles: ParticleSet, rows: NDArray[Any], plane: HalfPlane, pixe
 def stream(
     stack: Stack, rows: NDArray[np.int64], plane: HalfPlane, groups: dict[int, int]
 ) -> Iterator[tuple[slice, FourierImages]]:
-    """Images of the given rows (sorted reads fastest) in chunks: their place in `rows`, and their data."""
+    """Images of the given rows (sorted reads fastest) in chunks: their place in `rows`, and their data.
+
+    They are transformed, and lie, on the device of `plane`.
+    """
+    device = plane.kx.device
     particles, p = stack.particles, stack.pixel_size_a
     poses = particles.require_poses("reconstruction")
     group_row = np.array(
@@ -119,7 +128,7 @@ def stream(
     with ThreadPoolExecutor(max_workers=1) as reader:
         coming = reader.submit(stack.read, rows[0:chunk])
         for start in starts:
-            images = torch.from_numpy(coming.result())
+            images = torch.from_numpy(coming.result()).to(device)
             part = slice(start, min(start + chunk, len(rows)))
             coming = reader.submit(stack.read, rows[part.stop : part.stop + chunk])
             here = rows[part]
@@ -130,8 +139,8 @@ def stream(
                     plane=plane,
                     coefficients=half_plane_coefficients(images, plane),
                     ctf=image_ctf(particles, here, plane, p),
-                    rotation=torch.from_numpy(poses.rotation[here].astype(np.float32)),
-                    scale=torch.from_numpy(scale.astype(np.float32)),
-                    noise_group=torch.from_numpy(group_row[part]),
+                    rotation=torch.from_numpy(poses.rotation[here].astype(np.float32)).to(device),
+                    scale=torch.from_numpy(scale.astype(np.float32)).to(device),
+                    noise_group=torch.from_numpy(group_row[part]).to(device),
                 ),
             )

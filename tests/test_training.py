@@ -18,6 +18,7 @@ from images_on_disk import particle_set
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
+from cryodrgn_pipeline.devices import choose_device
 from cryodrgn_pipeline.errors import ConfigError, InputFormatError, TrainingError
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import in_plane_angle, turned_half_plane
@@ -30,7 +31,7 @@ from cryodrgn_pipeline.training import loop
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Interrupted, Trainer
 from cryodrgn_pipeline.training.losses import reconstruction
-from cryodrgn_pipeline.training.run import TrainingRequest, choose_device, split_held_out, train_vae
+from cryodrgn_pipeline.training.run import TrainingRequest, split_held_out, train_vae
 from cryodrgn_pipeline.training.settings import TrainingSettings
 from cryodrgn_pipeline.training.state import StopRequest, only_writer
 

@@ -105,10 +105,10 @@ def train(
     Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
     checkpoint and ends; the same command with --resume goes on, to the same result.
 
-    The subspace and the default model take --latent-dim, --subset, --seed and --threads; --decoder basis
-    also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch. Then
-    --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius, --loss,
-    --coordinate-fraction and --frequency-marching are for --decoder mlp.
+    The subspace and the default model take --latent-dim, --subset, --seed, --device and --threads; --decoder
+    basis also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch.
+    Then --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius,
+    --loss, --coordinate-fraction and --frequency-marching are for --decoder mlp.
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
@@ -126,6 +126,7 @@ def train(
             "in the subspace (--encoder subspace)"
         )
     if method == "subspace" or (encoder == "subspace" and decoder != "mlp"):
+        from cryodrgn_pipeline.devices import choose_device
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
         train_subspace(
@@ -138,6 +139,7 @@ def train(
                 held_out_fraction=held_out_fraction,
                 seed=seed,
                 threads=threads,
+                device=choose_device(device).type,
             )
         )
         typer.echo(run / "latent.parquet")
@@ -225,9 +227,9 @@ def encode(
     """
     import torch
 
+    from cryodrgn_pipeline.devices import choose_device
     from cryodrgn_pipeline.encoding import EncodeRequest
     from cryodrgn_pipeline.encoding import encode as place
-    from cryodrgn_pipeline.training.run import choose_device
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -298,7 +300,7 @@ def volumes(
         )
     import torch
 
-    from cryodrgn_pipeline.training.run import choose_device
+    from cryodrgn_pipeline.devices import choose_device
     from cryodrgn_pipeline.volumes import MapOptions, decode_volumes, latents_for
 
     if threads is not None:

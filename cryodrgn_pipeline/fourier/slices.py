@@ -74,7 +74,7 @@ def conjugate_flip(plane: Tensor) -> Tensor:
     return torch.roll(torch.flip(plane, dims=(0, 1)), shifts=(1, 1), dims=(0, 1)).conj()
 
 
-def _corners(coordinates: Tensor, grid_size: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+def corners(coordinates: Tensor, grid_size: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat grid indices `(..., 8)`, trilinear weights `(..., 8)`, and whether the point was taken at −k."""
     point = coordinates * padding
     mirrored = point[..., 0] < 0
@@ -109,7 +109,7 @@ def extract_slices(grid: Tensor, coordinates: Tensor, padding: int = PADDING) ->
     -------
     `(B, P)` complex.
     """
-    index, weight, mirrored = _corners(coordinates, grid.shape[0], padding)
+    index, weight, mirrored = corners(coordinates, grid.shape[0], padding)
     sample = (grid.flatten()[index] * weight).sum(dim=-1)
     return torch.where(mirrored, sample.conj(), sample)
 
@@ -128,7 +128,7 @@ def extract_columns(columns: Tensor, grid_size: int, coordinates: Tensor, paddin
     -------
     `(B, P, K)` complex.
     """
-    index, weight, mirrored = _corners(coordinates, grid_size, padding)
+    index, weight, mirrored = corners(coordinates, grid_size, padding)
     sample = (columns[index] * weight[..., None]).sum(dim=-2)
     return torch.where(mirrored[..., None], sample.conj(), sample)
 
@@ -139,7 +139,7 @@ def splat_slices(values: Tensor, coordinates: Tensor, grid_size: int, padding: i
     Real values (weights) give a real grid, complex values a complex one: `(E, E, E/2+1)`. Points of the plane
     kx = 0 arrive at k or at −k; `complete_splat` adds the two.
     """
-    index, weight, mirrored = _corners(coordinates, grid_size, padding)
+    index, weight, mirrored = corners(coordinates, grid_size, padding)
     if values.is_complex():
         values = torch.where(mirrored, values.conj(), values)
     cells = grid_size * grid_size * (grid_size // 2 + 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class SubspaceSettings:
     """`max_components` are tried, those that held-out images support are kept; iterations per level are
     those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
     `component_prior` is the power of a component, per shell, as a share of the mean map's; `pose_offsets`:
-    ask the images whether their poses are right.
+    ask the images whether their poses are right. Sums over images are made on `device`, by `kernel`.
     """
 
     max_components: int = 8
@@ -41,6 +42,11 @@ class SubspaceSettings:
     white_noise: bool = False
     seed: int = 0
     kernel: str = "auto"
+    device: str = "cpu"
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the result depends on but for rounding."""
+        return {name: value for name, value in asdict(self).items() if name != "device"}
 
 
 @dataclass(slots=True)
@@ -74,11 +80,21 @@ def accumulate(
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What `solve` needs of all images with factors `(N, K)` and their second moments `(N, K, K)`."""
-    sums = NormalEquations(lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel)
+    device = lattice.device
+    sums = NormalEquations(
+        lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel, device=device
+    )
     packed = pack(second)
     for part, chunk in images.chunks():
-        sums.add(chunk, images.weight, linear[part], packed[part])
+        sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
     return sums.complete(lattice)
+
+
+def level_images(
+    stack: Stack, rows: NDArray[np.int64], level_px: int, settings: SubspaceSettings
+) -> LevelImages:
+    """The images of a level, on the device that works on them."""
+    return LevelImages(stack, rows, level_px, white=settings.white_noise, device=settings.device)
 
 
 def start_level(
@@ -92,8 +108,8 @@ def start_level(
     exact: bool = True,
 ) -> LevelState:
     """The mean map of a level, its shell powers and the mask that it gives; `exact` as in `accumulate`."""
-    images = LevelImages(stack, rows, level_px, white=settings.white_noise).posed(poses)
-    lattice = Lattice(level_px)
+    images = level_images(stack, rows, level_px, settings).posed(poses)
+    lattice = Lattice(level_px, device=settings.device)
     ones = used[:, None].double()
     back, normal = accumulate(images, lattice, ones, ones[:, None], settings, exact=exact)
     power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior

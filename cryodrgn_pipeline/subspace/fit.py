@@ -20,8 +20,15 @@ from torch import Tensor
 
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.stack import Stack
-from cryodrgn_pipeline.subspace.em import Known, LevelState, SubspaceSettings, iterate, look, start_level
-from cryodrgn_pipeline.subspace.images import LevelImages
+from cryodrgn_pipeline.subspace.em import (
+    Known,
+    LevelState,
+    SubspaceSettings,
+    iterate,
+    level_images,
+    look,
+    start_level,
+)
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.sums import InnerProducts
@@ -167,7 +174,7 @@ def _place(
 ) -> None:
     """Where all rows lie, from maps that some of them made."""
     known = fit.known
-    images = LevelImages(stack, rows, fit.level.images.level_px, white=settings.white_noise)
+    images = level_images(stack, rows, fit.level.images.level_px, settings)
     level = replace(fit.level, images=images)
     poses = None if known.poses is None else known.poses.among(len(rows), some)
     for _ in range(1 if poses is None else PLACING_ROUNDS):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cryodrgn_pipeline.subspace.poses import PoseOffsets
 
 KEPT_BYTES = 2 * 2**30
+KEPT_SHARE = 0.25  # of a GPU's memory
 
 
 def level_plane(box_size_px: int, level_px: int) -> HalfPlane:
@@ -30,20 +31,36 @@ def level_plane(box_size_px: int, level_px: int) -> HalfPlane:
     return HalfPlane(box_size_px=box_size_px, ky=ky, kx=kx)
 
 
+def kept_bytes(device: torch.device) -> float:
+    """How much memory of a device may hold images between passes."""
+    if device.type == "cuda":
+        return KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return KEPT_BYTES
+
+
 class LevelImages:
     """Rows of a stack, seen up to the Nyquist frequency of a smaller box.
 
     `plane`, `weight` `(groups, P)`: one over the noise power |F|² of each optics group; DC, which is its own
-    mirror image, counts half. `poses`, where known, correct the images.
+    mirror image, counts half. They and the images lie on `device`. `poses`, where known, correct the images.
     """
 
-    def __init__(self, stack: Stack, rows: NDArray[np.int64], level_px: int, *, white: bool = False) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        rows: NDArray[np.int64],
+        level_px: int,
+        *,
+        white: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.stack, self.rows, self.level_px = stack, rows, level_px
-        self.plane = level_plane(stack.box_size_px, level_px)
-        self.weight, self.groups = noise_precision(stack.noise, self.plane, white=white)
+        plane = level_plane(stack.box_size_px, level_px)
+        weight, self.groups = noise_precision(stack.noise, plane, white=white)
+        self.plane, self.weight = plane.to(device), weight.to(device)
         self.poses: PoseOffsets | None = None
         self._kept: list[tuple[slice, FourierImages]] = []
-        self._keep = len(rows) * len(self.plane) * 12 <= KEPT_BYTES
+        self._keep = len(rows) * len(plane) * 12 <= kept_bytes(torch.device(device))
 
     def __len__(self) -> int:
         return len(self.rows)

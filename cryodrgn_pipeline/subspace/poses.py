@@ -94,8 +94,8 @@ class PoseOffsets:
         """The images as they would be with their poses corrected."""
         offset = self.offset[part]
         turn = torch.from_numpy(Rotation.from_rotvec(offset[:, :AXES].numpy()).as_matrix()).float()
-        rotation = images.rotation @ turn
-        shift = (rotation[:, :2] @ offset[:, AXES:, None].float())[..., 0] * images.scale[:, None]
+        rotation = images.rotation @ turn.to(images.rotation.device)
+        shift = (rotation[:, :2] @ offset[:, AXES:, None].to(rotation))[..., 0] * images.scale[:, None]
         phase = 2 * math.pi * (shift[:, :1] * images.plane.kx + shift[:, 1:] * images.plane.ky)
         turned = images.coefficients * torch.polar(torch.ones_like(phase), phase)
         return replace(images, rotation=rotation, coefficients=turned)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ DECODERS = ("linear", "basis", "kernel")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubspaceRequest:
-    """A stack, the rows of it to use, how many coordinates, and threads (None: all).
+    """A stack, the rows of it to use, how many coordinates, threads (None: all), and what sums are made on.
 
     `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
     `held_out_fraction` of the particles only measure that network. `half_set`: the rows are of this half set
@@ -56,6 +56,7 @@ class SubspaceRequest:
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
+    device: str = "cpu"
     half_set: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class SubspaceRequest:
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
         tried = self.latent_dim if self.decoder == "linear" else NONLINEAR_COMPONENTS
-        return SubspaceSettings(max_components=tried, seed=self.seed)
+        return SubspaceSettings(max_components=tried, seed=self.seed, device=self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def train_subspace(request: SubspaceRequest) -> None:
         "decoder": request.decoder,
         "stack": stack.fingerprint,
         "particles": digest([str(i) for i in stack.particles.particle_id[rows]]),
-        "settings": asdict(request.settings()) | {"latent_dim": request.latent_dim},
+        "settings": request.settings().recipe() | {"latent_dim": request.latent_dim},
         "held_out_fraction": request.held_out_fraction if request.decoder == "basis" else 0,
     }
     if request.half_set is not None:
@@ -251,7 +252,7 @@ def about(request: SubspaceRequest, stack: Stack, fit: Fit) -> dict[str, Any]:
         "contrast_spread": fit.known.scale_spread,
         "pose_offsets": _pose_offsets(fit, stack),
         "noise_images": int(fit.posterior.is_noise.sum()),
-        "settings": asdict(settings) | {"latent_dim": request.latent_dim},
-        "device": "cpu",
+        "settings": settings.recipe() | {"latent_dim": request.latent_dim},
+        "device": settings.device,
         "threads": torch.get_num_threads(),
     }

@@ -17,14 +17,19 @@ from cryodrgn_pipeline.reconstruct import grid_shells
 from cryodrgn_pipeline.subspace.sums import compiled, grid_columns, pack, unpack
 
 FFTS_AT_ONCE = 4
+MATRIX_BYTES = 2**28
 BEYOND = 1e3  # times the strongest prior, where |k| > D/2 and no image says anything
 
 
 class Lattice:
-    """Padded Fourier lattice of D³ maps: shells, windows, transforms, and the mask that maps live in."""
+    """Padded Fourier lattice of D³ maps: shells, windows, transforms, and the mask that maps live in.
+
+    Sums and transforms lie on `device`; maps, masks and what is said about shells on the CPU.
+    """
 
     def __init__(self, box_size_px: int, *, device: torch.device | str = "cpu") -> None:
         d = box_size_px
+        self.device = torch.device(device)
         self.box_size_px, self.size = d, PADDING * d
         self.shape = (self.size, self.size, self.size // 2 + 1)
         radius = grid_shells(self.size, device=device)
@@ -33,7 +38,7 @@ class Lattice:
         unpadded = grid_shells(d, 1, device=device)
         self.unpadded_shell = unpadded.round().long().clamp(max=d // 2).flatten()
         self.unpadded_inside = (unpadded <= d / 2).flatten()
-        self.mask = torch.ones(d, d, d, device=device)
+        self.mask = torch.ones(d, d, d)
         wrapped = torch.fft.fftfreq(self.size, device=device)
         axis = 1 / torch.sinc(wrapped) ** 2
         self._window = axis[:, None, None] * axis[None, :, None] * axis[None, None, :]
@@ -62,7 +67,7 @@ class Lattice:
 
     def columns(self, maps: Tensor) -> Tensor:
         """The maps as `inner_products` reads them: `(G, 2K)` float32."""
-        return grid_columns(torch.stack([volume_grid(one) for one in maps]))
+        return grid_columns(torch.stack([volume_grid(one) for one in maps.to(self.device)]))
 
     def right_hand_side(self, sums: Tensor) -> Tensor:
         """What splatted Σ w c a y `(K, E, E, E/2+1)` says about the voxels, `(K, D, D, D)`."""
@@ -116,7 +121,8 @@ class Lattice:
 
     def _unpadded_blocks(self, normal: Tensor) -> Tensor:
         d, axes = self.box_size_px, (-3, -2, -1)
-        overlap = torch.fft.irfftn(torch.fft.rfftn(self.mask).abs().square(), s=(d,) * 3)
+        mask = self.mask.to(self.device)
+        overlap = torch.fft.irfftn(torch.fft.rfftn(mask).abs().square(), s=(d,) * 3)
         # the same weights lie on an eighth of the points
         overlap = overlap / overlap[0, 0, 0] / PADDING**3
         diagonal = torch.empty_like(normal)
@@ -127,9 +133,8 @@ class Lattice:
 
     def _overlap(self) -> Tensor:
         """The autocorrelation of the mask, 1 at the origin: `(E, E, E)`."""
-        overlap: Tensor = torch.fft.irfftn(
-            self.spectra(self.mask[None])[0].abs().square(), s=(self.size,) * 3
-        )
+        power = self.spectra(self.mask[None].to(self.device))[0].abs().square()
+        overlap: Tensor = torch.fft.irfftn(power, s=(self.size,) * 3)
         return overlap / overlap[0, 0, 0]
 
     def _kernels(self, normal: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,11 +151,11 @@ class Lattice:
     def shell_power(self, maps: Tensor) -> Tensor:
         """Mean |F|² per shell 0 … D/2 of `(K, D, D, D)` maps, `(K, D/2+1)` float64."""
         shells = self.box_size_px // 2 + 1
-        power = self.spectra(maps).abs().square().flatten(1)[:, self.inside].double()
+        power = self.spectra(maps.to(self.device)).abs().square().flatten(1)[:, self.inside].double()
         shell = self.shell[self.inside]
         counts = torch.bincount(shell, minlength=shells)
-        sums = torch.zeros(len(maps), shells, dtype=torch.float64, device=maps.device)
-        return sums.index_add_(1, shell, power) / counts
+        sums = torch.zeros(len(maps), shells, dtype=torch.float64, device=self.device)
+        return (sums.index_add_(1, shell, power) / counts).cpu()
 
     def mean_weight(self, weight: Tensor) -> Tensor:
         """Mean of a `(G,)` weight per shell 0 … D/2, `(D/2+1,)` float64; of `(H,)` as if it were padded."""
@@ -161,7 +166,7 @@ class Lattice:
         shells, shell = self.box_size_px // 2 + 1, shell[inside]
         sums = torch.zeros(shells, dtype=torch.float64, device=weight.device)
         sums.index_add_(0, shell, weight[inside].double())
-        return sums / torch.bincount(shell, minlength=shells)
+        return (sums / torch.bincount(shell, minlength=shells)).cpu()
 
 
 def solve(
@@ -191,7 +196,7 @@ def solve(
 
     Returns
     -------
-    `(K, D, D, D)` float32.
+    `(K, D, D, D)` float32, on the CPU.
     """
     maps = len(back)
     use_numba = compiled(kernel, normal.device)
@@ -202,7 +207,7 @@ def solve(
     blocks = lattice.blocks(normal, exact=iterations > 0)
     unpadded_shell = torch.where(lattice.unpadded_inside, lattice.unpadded_shell, len(ridge))
     inverse = _inverse(blocks, at_shell, unpadded_shell, use_numba)
-    mask, d = lattice.mask, lattice.box_size_px
+    mask, d = lattice.mask.to(lattice.device), lattice.box_size_px
 
     def preconditioned(volumes: Tensor) -> Tensor:
         """The inverse of the operator's diagonal blocks, on the unpadded grid."""
@@ -214,7 +219,7 @@ def solve(
 
     target = back * mask
     if not iterations:
-        return preconditioned(target)
+        return preconditioned(target).cpu()
     operator = normal
     shell = torch.where(lattice.inside, lattice.shell, len(ridge))
     operator[:, [j * (j + 3) // 2 for j in range(maps)]] += at_shell[shell]
@@ -224,7 +229,7 @@ def solve(
         product = _apply(operator, spectra.flatten(1), use_numba).reshape(spectra.shape)
         return lattice.adjoint(product) * mask
 
-    x = preconditioned(target) if start is None else start.clone()
+    x = preconditioned(target) if start is None else start.to(lattice.device, copy=True)
     residual = target - applied(x)
     direction = z = preconditioned(residual)
     rz = _dot(residual, z)
@@ -239,7 +244,7 @@ def solve(
         z = preconditioned(residual)
         rz, former = _dot(residual, z), rz
         direction = z + (rz / former) * direction
-    return x
+    return x.cpu()
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -253,7 +258,11 @@ def _apply(packed: Tensor, spectra: Tensor, use_numba: bool) -> Tensor:
         out = torch.empty_like(spectra)
         apply_packed(packed.numpy(), spectra.numpy(), out.numpy())
         return out
-    return torch.einsum("gjk,kg->jg", unpack(packed, len(spectra)).to(spectra), spectra)
+    out = torch.empty_like(spectra)
+    for part in _parts(len(packed), len(spectra)):
+        matrices = unpack(packed[part], len(spectra)).to(spectra)
+        out[:, part] = torch.einsum("gjk,kg->jg", matrices, spectra[:, part])
+    return out
 
 
 def _inverse(normal: Tensor, ridge: Tensor, shell: Tensor, use_numba: bool) -> Tensor:
@@ -264,7 +273,16 @@ def _inverse(normal: Tensor, ridge: Tensor, shell: Tensor, use_numba: bool) -> T
         out = torch.empty_like(normal)
         invert_packed(normal.numpy(), ridge.double().numpy(), shell.numpy(), out.numpy())
         return out
-    matrices = unpack(normal.double(), ridge.shape[1])
-    diagonal = torch.diagonal(matrices, dim1=-2, dim2=-1)
-    diagonal.clamp_(min=0).add_(ridge[shell].double())
-    return pack(torch.linalg.inv(matrices)).float()
+    inverse = torch.empty_like(normal)
+    for part in _parts(len(normal), ridge.shape[1]):
+        matrices = unpack(normal[part].double(), ridge.shape[1])
+        diagonal = torch.diagonal(matrices, dim1=-2, dim2=-1)
+        diagonal.clamp_(min=0).add_(ridge[shell[part]].double())
+        inverse[part] = pack(torch.linalg.inv(matrices)).float()
+    return inverse
+
+
+def _parts(points: int, maps: int) -> Iterator[slice]:
+    """Slices of grid points whose K × K matrices, in double precision, fit in memory together."""
+    step = max(1, MATRIX_BYTES // (8 * maps**2))
+    return (slice(at, min(at + step, points)) for at in range(0, points, step))

@@ -7,6 +7,7 @@ reference path (and the one for GPUs); on CPUs compiled kernels make the same su
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,15 +19,18 @@ from torch import Tensor
 from cryodrgn_pipeline.fourier.sizes import PADDING, half_grid_points
 from cryodrgn_pipeline.fourier.slices import (
     complete_splat,
-    extract_slices,
+    corners,
+    extract_columns,
     slice_coordinates,
-    splat_slices,
 )
 from cryodrgn_pipeline.fourier_images import FourierImages
 
 if TYPE_CHECKING:
     from cryodrgn_pipeline.subspace.poses import PoseAnswer
     from cryodrgn_pipeline.subspace.solve import Lattice
+
+
+POINTS_AT_ONCE = 2**19  # of slices, in torch: their 8 corners in all maps lie in memory together
 
 
 def pairs(maps: int) -> list[tuple[int, int]]:
@@ -98,16 +102,23 @@ class NormalEquations:
                 self._splat(self.right, self.normal[:0, :0], PADDING, images, weight, linear, second[:, :0])
                 self._splat(self.right[:0, :0], self.normal, 1, images, weight, linear[:, :0], second)
             return
+        for part in parts_of(images):
+            self._splat_with_torch(images.part(part), weight, linear[part], second[part])
+
+    def _splat_with_torch(
+        self, images: FourierImages, weight: Tensor, linear: Tensor, second: Tensor
+    ) -> None:
         where = slice_coordinates(images.plane, images.rotation, images.scale)
         weighted = weight[images.noise_group] * images.ctf
-        for j in range(self.maps):
-            grid = splat_slices(weighted * images.coefficients * linear[:, j, None], where, self.size)
-            self.right[:, j] += grid.real.flatten()
-            self.right[:, self.maps + j] += grid.imag.flatten()
-        for n in range(second.shape[1]):
-            values = weighted * images.ctf * second[:, n, None]
-            grid = splat_slices(values, where, self.weight_size, self.weight_padding)
-            self.normal[:, n] += grid.flatten()
+        index, share, mirrored = corners(where, self.size, PADDING)
+        values = weighted * torch.where(mirrored, images.coefficients.conj(), images.coefficients)
+        values = torch.cat(
+            [values.real[..., None] * linear[:, None], values.imag[..., None] * linear[:, None]], 2
+        )
+        _spread(self.right, index, share, values)
+        if self.weight_size != self.size:
+            index, share, _ = corners(where, self.weight_size, self.weight_padding)
+        _spread(self.normal, index, share, (weighted * images.ctf)[..., None] * second[:, None])
 
     def _splat(
         self,
@@ -143,6 +154,19 @@ class NormalEquations:
             torch.flip(edge, dims=(0, 1)), shifts=(1, 1), dims=(0, 1)
         )  # the other half of kx = 0
         return torch.stack(back), self.normal
+
+
+def _spread(grid: Tensor, index: Tensor, share: Tensor, values: Tensor) -> None:
+    """Add values `(B, P, C)` to the rows of a grid `(G, C)` at the 8 corners around each point."""
+    for corner in range(index.shape[-1]):
+        spread = (values * share[..., corner, None]).flatten(0, 1)
+        grid.index_add_(0, index[..., corner].flatten(), spread)
+
+
+def parts_of(images: FourierImages) -> Iterator[slice]:
+    """Slices of images that torch works on together."""
+    step = max(1, POINTS_AT_ONCE // len(images.plane))
+    return (slice(at, min(at + step, len(images))) for at in range(0, len(images), step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +211,7 @@ def grid_columns(grids: Tensor) -> Tensor:
 def inner_products(
     columns: Tensor, size: int, images: FourierImages, weight: Tensor, *, kernel: str = "auto"
 ) -> InnerProducts:
-    """Inner products of B images with the slices of K maps.
+    """Inner products of B images with the slices of K maps; the answer lies on the CPU.
 
     Parameters
     ----------
@@ -211,21 +235,30 @@ def inner_products(
         run(columns.numpy(), size, *out, *_as_arrays(images, weight))
         gram = unpack(packed, maps)
     else:
-        where = slice_coordinates(images.plane, images.rotation, images.scale)
-        grids = torch.complex(columns[:, :maps], columns[:, maps:]).T
-        shape = (size, size, size // 2 + 1)
-        samples = [images.ctf * extract_slices(grid.reshape(shape), where) for grid in grids]
-        weighted = weight[images.noise_group]
-        power = (weighted * images.coefficients.abs() ** 2).sum(1)
-        inner = torch.stack([(weighted * (s.conj() * images.coefficients).real).sum(1) for s in samples], 1)
-        stacked = torch.stack(samples, 1)
-        gram = torch.einsum("bjp,bkp->bjk", (weighted[:, None] * stacked).conj(), stacked).real
+        spectra = torch.complex(columns[:, :maps], columns[:, maps:])
+        seen = [_products_with_torch(spectra, size, images.part(part), weight) for part in parts_of(images)]
+        gram, inner, power = (torch.cat(part) for part in zip(*seen, strict=True))
     return InnerProducts(
-        gram=2 * gram.double(),
-        inner=2 * inner.double(),
-        power=2 * power.double(),
+        gram=2 * gram.double().cpu(),
+        inner=2 * inner.double().cpu(),
+        power=2 * power.double().cpu(),
         gain=torch.zeros(count, dtype=torch.float64),
     )
+
+
+def _products_with_torch(
+    spectra: Tensor, size: int, images: FourierImages, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    where = slice_coordinates(images.plane, images.rotation, images.scale)
+    samples = extract_columns(spectra, size, where) * images.ctf[..., None]
+    weighted = weight[images.noise_group]
+    power = (weighted * images.coefficients.abs() ** 2).sum(1)
+    against = (weighted * images.coefficients)[:, None]  # (B, 1, P)
+    reals, imaginaries = samples.real, samples.imag
+    inner = against.real @ reals + against.imag @ imaginaries
+    columns = torch.cat([reals, imaginaries], dim=1)
+    gram = (columns * weighted.repeat(1, 2)[..., None]).transpose(1, 2) @ columns
+    return gram, inner[:, 0], power
 
 
 def _as_arrays(images: FourierImages, weight: Tensor, padding: int = PADDING) -> tuple[NDArray[Any], ...]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.devices import choose_device
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
@@ -53,18 +53,6 @@ class TrainingRequest:
     model: VaeConfig
     settings: TrainingSettings
     resume: bool
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; `cuda` without one is a `ConfigError`."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {name}: expected auto, cpu or cuda")
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError(
-            "--device cuda: this torch sees no GPU. Use --device auto or cpu, or check the driver."
-        )
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
 def train_vae(request: TrainingRequest) -> None:
@@ -190,6 +178,7 @@ def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
         held_out_fraction=settings.held_out_fraction,
         seed=settings.seed,
         threads=settings.threads,
+        device=choose_device(settings.device).type,
     )
 
 
