@@ -31,3 +31,24 @@ class TrainingError(CryodrgnPipelineError):
 
 class ExternalJobError(CryodrgnPipelineError):
     """A host program's job could not be read, filled or closed."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop; like Ctrl-C it is no error, and no `except Exception` holds it up.
+
+    Parameters
+    ----------
+    signal_number
+        SIGTERM or SIGINT.
+    saved
+        What the same command will go on from, in words; empty: it starts over.
+    """
+
+    def __init__(self, signal_number: int, saved: str = "") -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number, self.saved = signal_number, saved
+
+    @property
+    def exit_code(self) -> int:
+        """143 after SIGTERM, 130 after SIGINT, as shells count."""
+        return 128 + self.signal_number

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_pipeline.devices import choose_device
-from cryodrgn_pipeline.errors import ConfigError, InputFormatError, TrainingError
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError, Interrupted, TrainingError
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import in_plane_angle, turned_half_plane
 from cryodrgn_pipeline.fourier.transforms import centred_fft, half_plane, half_plane_coefficients
@@ -29,7 +29,7 @@ from cryodrgn_pipeline.particles import Ctf, Poses
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.training import loop
 from cryodrgn_pipeline.training.data import TrainingData
-from cryodrgn_pipeline.training.loop import Interrupted, Trainer
+from cryodrgn_pipeline.training.loop import Trainer
 from cryodrgn_pipeline.training.losses import reconstruction
 from cryodrgn_pipeline.training.run import TrainingRequest, split_held_out, train_vae
 from cryodrgn_pipeline.training.settings import TrainingSettings

@@ -6,7 +6,7 @@ import sys
 
 from cryodrgn_pipeline.cli import data, model, results, with_cryosparc, workflow  # noqa: F401  (they add their verbs)
 from cryodrgn_pipeline.cli._app import app
-from cryodrgn_pipeline.errors import CryodrgnPipelineError
+from cryodrgn_pipeline.errors import CryodrgnPipelineError, Interrupted
 
 
 def main() -> None:
@@ -18,6 +18,9 @@ def main() -> None:
         arguments.insert(0, "--debug")
     try:
         app(args=arguments, prog_name="cryodrgn-pipeline")
+    except Interrupted as stopped:
+        print(f"{stopped}{stopped.saved and ': ' + stopped.saved}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except CryodrgnPipelineError as error:
         if debug:
             raise

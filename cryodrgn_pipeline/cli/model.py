@@ -151,7 +151,6 @@ def train(
             raise ConfigError(f"--beta {beta}: expected auto or a number") from None
     from cryodrgn_pipeline.models.vae import VaeConfig
     from cryodrgn_pipeline.stack import Stack
-    from cryodrgn_pipeline.training.loop import Interrupted
     from cryodrgn_pipeline.training.run import TrainingRequest, train_vae
     from cryodrgn_pipeline.training.settings import TrainingSettings
 
@@ -194,15 +193,9 @@ def train(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    try:
-        train_vae(
-            TrainingRequest(
-                stack=stack, run=run, subset=subset, model=model, settings=settings, resume=resume
-            )
-        )
-    except Interrupted as stopped:
-        typer.echo(f"stopped and saved; go on with the same command and --resume ({stopped})", err=True)
-        raise typer.Exit(128 + stopped.signal_number) from None
+    train_vae(
+        TrainingRequest(stack=stack, run=run, subset=subset, model=model, settings=settings, resume=resume)
+    )
     typer.echo(run / "latent.parquet")
 
 

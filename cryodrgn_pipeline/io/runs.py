@@ -198,6 +198,12 @@ def read_z(path: Path) -> NDArray[np.float64]:
     return z
 
 
+def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write RUN/metrics.jsonl, one record an epoch, atomically."""
+    with replacing(Path(run) / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The epochs of RUN/metrics.jsonl in order, one record each; of a repeated epoch the last one counts.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae, posterior_features
+from cryodrgn_pipeline.progress import measured
 from cryodrgn_pipeline.subspace.em import (
     LevelState,
     SubspaceSettings,
@@ -23,7 +24,7 @@ from cryodrgn_pipeline.subspace.em import (
     component_shares,
     look,
 )
-from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.fit import Fit, metric_rows
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.subspace.solve import solve
@@ -119,6 +120,7 @@ def train_basis(
                 optimiser.step()
         latents = encoded(vae, seen)
         fit.history.append(_summary(fit, latents, held_out, number))
+        measured(metric_rows(fit.history), fit.iterations + ROUNDS)
         report(
             f"network, round {number + 1} of {ROUNDS}: loss {fit.history[-1]['loss']:.4f}, KL divergence "
             f"{fit.history[-1]['kld']:.2f}, log evidence {fit.history[-1]['evidence']:.2f} an image"

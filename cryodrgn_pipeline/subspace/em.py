@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, marginalised, moves
@@ -85,8 +86,10 @@ def accumulate(
         lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel, device=device
     )
     packed = pack(second)
-    for part, chunk in images.chunks():
-        sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
+    with progress(f"{lattice.box_size_px} px: sums over images", len(images), passing=True) as advance:
+        for part, chunk in images.chunks():
+            sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
+            advance(len(chunk))
     return sums.complete(lattice)
 
 
@@ -134,12 +137,14 @@ def look(
     columns = lattice.columns(maps)
     seen: list[InnerProducts] = []
     answers: list[PoseAnswer] = []
-    for part, chunk in images.chunks():
-        products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
-        if poses is not None:
-            products, answer = marginalised(products, poses, part)
-            answers.append(answer)
-        seen.append(products)
+    with progress(f"{lattice.box_size_px} px: where images lie", len(images), passing=True) as advance:
+        for part, chunk in images.chunks():
+            products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
+            if poses is not None:
+                products, answer = marginalised(products, poses, part)
+                answers.append(answer)
+            seen.append(products)
+            advance(len(chunk))
     return joined(seen), joined(answers) if answers else None
 
 

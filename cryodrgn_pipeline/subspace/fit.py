@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.half_sets import split_held_out
+from cryodrgn_pipeline.progress import measured
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.em import (
     Known,
@@ -49,12 +50,13 @@ IMAGES_PER_COMPONENT = 50  # fewer say nothing about it
 class Fit:
     """What EM leaves: what is known of all N rows, the finest level, and the log.
 
-    `gains` of held-out log evidence with 1 … J components, and how many components they support;
-    `pose_gain` of offsets, with its standard error, where they were tried.
+    `iterations`: rows that the log will have. `gains` of held-out log evidence with 1 … J components, and how
+    many components they support; `pose_gain` of offsets, with its standard error, where they were tried.
     """
 
     known: Known
     level: LevelState
+    iterations: int
     history: list[dict[str, float]] = field(default_factory=list)
     gains: list[tuple[float, float]] = field(default_factory=list)
     supported: int = 0
@@ -70,6 +72,11 @@ def levels_of(box_size_px: int) -> list[int]:
     """Boxes from coarse to fine: 16, 32, 64 as far as they are below D, then D or 64."""
     finest = min(box_size_px, FINEST_PX)
     return [d for d in (COARSEST_PX, 2 * COARSEST_PX) if d < finest] + [finest]
+
+
+def _planned_iterations(box_size_px: int, settings: SubspaceSettings) -> int:
+    finer = len(levels_of(box_size_px)) - 1
+    return settings.als_iterations + settings.coarse_iterations + finer * settings.fine_iterations
 
 
 def fit_subspace(
@@ -100,8 +107,7 @@ def fit_subspace(
         for iteration in range(settings.fine_iterations):
             used = ~fit.posterior.is_noise
             fit.known = iterate(fit.level, fit.known, used, settings, warm=iteration > 0)
-            fit.history.append(summary(level_px, iteration, fit.known, stack.box_size_px))
-            report(_line(fit.history[-1]))
+            _tell(fit, summary(level_px, iteration, fit.known, stack.box_size_px), report)
     return fit
 
 
@@ -151,14 +157,17 @@ def _coarse_run(
     rng = torch.Generator().manual_seed(settings.seed)
     where = Posterior.start(torch.randn(n, j, generator=rng, dtype=torch.float64))
     spread = FIRST_SCALE_SPREAD if settings.contrast else 0.0
-    fit = Fit(known=Known(posterior=where, poses=poses, scale_spread=spread), level=replace(start))
+    fit = Fit(
+        known=Known(posterior=where, poses=poses, scale_spread=spread),
+        level=replace(start),
+        iterations=_planned_iterations(box_size_px, settings),
+    )
     for iteration in range(settings.als_iterations + settings.coarse_iterations):
         als = iteration < settings.als_iterations
         learnt = ~fit.posterior.is_noise & ~held_out
         warm = iteration > settings.als_iterations
         fit.known = iterate(fit.level, fit.known, learnt, settings, warm=warm, points_only=als)
-        fit.history.append(summary(start.images.level_px, iteration, fit.known, box_size_px))
-        report(_line(fit.history[-1]))
+        _tell(fit, summary(start.images.level_px, iteration, fit.known, box_size_px), report)
     products, _ = look(fit.level, fit.known.poses, settings)
     coefficients, spread = start.images.coefficients, fit.known.scale_spread
     fit.supported, fit.gains = supported_components(products, coefficients, spread, held_out)
@@ -225,6 +234,20 @@ def summary(level_px: int, iteration: int, known: Known, box_size_px: int) -> di
     if poses is not None:
         entry |= {"pose_shift_px": poses.shift_spread * box_size_px}
     return entry
+
+
+def metric_rows(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The log of a fit as the rows of metrics.jsonl."""
+    return [
+        {"epoch": number, "reconstruction": entry["loss"], **entry}
+        for number, entry in enumerate(history, start=1)
+    ]
+
+
+def _tell(fit: Fit, entry: dict[str, float], report: Callable[[str], None]) -> None:
+    fit.history.append(entry)
+    measured(metric_rows(fit.history), fit.iterations)
+    report(_line(entry))
 
 
 def _line(entry: dict[str, float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -15,18 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.half_sets import split_held_out
-from cryodrgn_pipeline.io.atomic import replacing, write_json
+from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
-from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.io.runs import write_columns, write_metrics
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
 from cryodrgn_pipeline.models.kernel import KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
-from cryodrgn_pipeline.progress import duration
+from cryodrgn_pipeline.progress import duration, recorded
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
-from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace
+from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace, metric_rows
 from cryodrgn_pipeline.subspace.kernel import KernelLatents, kernel_model
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.subspace.placing import kept_subspace
@@ -106,19 +105,20 @@ def train_subspace(request: SubspaceRequest) -> None:
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
         (run / MANIFEST).unlink(missing_ok=True)
-        fit, learnt = learn(request, stack, rows)
-        seconds = time.monotonic() - started
-        manifest = environment() | {
-            "method": described["method"],
-            "encoder": "subspace",
-            "decoder": request.decoder,
-            "fingerprint": fingerprint,
-            **about(request, stack, fit),
-            "epochs": len(fit.history),
-            "training_seconds": seconds,
-            "wall_seconds": seconds,
-        }
-        write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
+        with recorded(run):
+            fit, learnt = learn(request, stack, rows)
+            seconds = time.monotonic() - started
+            manifest = environment() | {
+                "method": described["method"],
+                "encoder": "subspace",
+                "decoder": request.decoder,
+                "fingerprint": fingerprint,
+                **about(request, stack, fit),
+                "epochs": len(fit.history),
+                "training_seconds": seconds,
+                "wall_seconds": seconds,
+            }
+            write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
 
 
@@ -149,7 +149,7 @@ def write_learnt(
     """Write model, latents, log and, last, the manifest into the run folder."""
     save_model(run / MODEL_FILE, learnt.model)
     write_columns(run / "latent.parquet", {"particle_id": particle_id} | learnt.columns)
-    _write_metrics(run, fit)
+    write_metrics(run, metric_rows(fit.history))
     write_json(run / MANIFEST, manifest)
 
 
@@ -212,15 +212,6 @@ def coordinates(z: Tensor, std: Tensor, latent_dim: int) -> dict[str, NDArray[An
         padded = torch.nn.functional.pad(values.float(), (0, latent_dim - values.shape[1])).numpy()
         columns |= {f"{prefix}_{j}": padded[:, j] for j in range(latent_dim)}
     return columns
-
-
-def _write_metrics(run: Path, fit: Fit) -> None:
-    lines = (
-        json.dumps({"epoch": number + 1, "reconstruction": entry["loss"], **entry})
-        for number, entry in enumerate(fit.history)
-    )
-    with replacing(run / "metrics.jsonl") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _pose_offsets(fit: Fit, stack: Stack) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryodrgn_pipeline.errors import TrainingError
+from cryodrgn_pipeline.errors import Interrupted, TrainingError
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae
-from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.progress import checkpointed, measured, progress
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.training.batch import Batch
 from cryodrgn_pipeline.training.data import TrainingData
@@ -36,17 +36,10 @@ log = logging.getLogger(__name__)
 POINTS_IN_FLIGHT = {"cpu": 6_500, "cuda": 1_000_000}
 LOSSES_IN_FLIGHT = {"cpu": 1, "cuda": 64}  # reading a loss from a GPU waits for it
 FIRST_DISC = 0.25  # of the full radius, where frequency marching starts
+SAVED = "a checkpoint; go on with the same command and --resume"
 EVIDENCE_BETA = 2.0  # the loss is then −2/n times the evidence lower bound, where noise has unit power
 
 Network = Vae | ResidualVae | ImageBasisVae
-
-
-class Interrupted(Exception):  # noqa: N818  (no error: the user asked for it)
-    """A signal asked the training to stop; everything so far has been saved."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
-        self.signal_number = signal_number
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,8 +128,8 @@ class Trainer:
         batches_per_epoch = -(-len(self.train_rows) // settings.batch_size)
         done = standing.epoch * len(self.train_rows) + standing.batch * settings.batch_size
         last_save = time.monotonic()
-        with progress("training", settings.epochs * len(self.train_rows)) as advance:
-            advance(done)
+        with progress("training", settings.epochs * len(self.train_rows), done=done) as advance:
+            measured(standing.metrics, settings.epochs)
             while standing.epoch < settings.epochs:
                 tick = time.monotonic()
                 pending: list[tuple[Batch, Tensor, Tensor]] = []
@@ -154,19 +147,22 @@ class Trainer:
                     advance(len(batch.rows), note=f"epoch {standing.epoch + 1} of {settings.epochs}")
                     if save_due and standing.batch < batches_per_epoch:
                         save()
+                        checkpointed()
                         last_save = time.monotonic()
                         if stop.signal_number is not None:
-                            raise Interrupted(stop.signal_number)
+                            raise Interrupted(stop.signal_number, saved=SAVED)
                 self._account(pending)
                 self._end_epoch()
+                measured(standing.metrics, settings.epochs)
                 last = standing.epoch == settings.epochs
                 ended_by = stop.signal_number
                 save_due = save_due or ended_by is not None or last
                 if save_due or standing.epoch % settings.checkpoint_every_epochs == 0:
                     save()
+                    checkpointed()
                     last_save = time.monotonic()
                 if ended_by is not None and not last:
-                    raise Interrupted(ended_by)
+                    raise Interrupted(ended_by, saved=SAVED)
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update; returns reconstruction loss and KL divergence per image, `(B,)` each."""

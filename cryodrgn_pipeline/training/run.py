@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -16,15 +15,15 @@ from torch import Tensor
 
 from cryodrgn_pipeline.devices import choose_device
 from cryodrgn_pipeline.half_sets import split_held_out
-from cryodrgn_pipeline.io.atomic import replacing, write_json
+from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
-from cryodrgn_pipeline.io.runs import write_columns
+from cryodrgn_pipeline.io.runs import write_columns, write_metrics
 from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
 from cryodrgn_pipeline.models.encoder import Reading
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
-from cryodrgn_pipeline.progress import duration
+from cryodrgn_pipeline.progress import duration, recorded
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.run import SubspaceRequest
 from cryodrgn_pipeline.training.data import TrainingData
@@ -80,7 +79,8 @@ def train_vae(request: TrainingRequest) -> None:
         if any(finished(request.run, fingerprint, epochs) for epochs in (settings.epochs, 0)):
             log.info("%s: already trained with these images and settings, nothing to do", request.run)
             return
-        _train(request, stack, rows, fingerprint, device, stop)
+        with recorded(request.run):
+            _train(request, stack, rows, fingerprint, device, stop)
 
 
 def _train(
@@ -142,7 +142,7 @@ def _train(
 
     def save() -> None:
         folder.save(trainer.state())
-        _write_metrics(run, trainer)
+        write_metrics(run, trainer.progress.metrics)
         if trainer.progress.batch == 0 and trainer.progress.epoch < settings.epochs:
             epoch = trainer.progress.epoch
             save_model(
@@ -160,7 +160,7 @@ def _train(
     if isinstance(model, TrainedModel) and start is None:
         model = replace(model, grey=grey_reference(model, stack, rows, latents["mean"]))
     save_model(run / MODEL_FILE, model)
-    _write_metrics(run, trainer)
+    write_metrics(run, trainer.progress.metrics)
     write_json(
         run / MANIFEST, _manifest(request, stack, trainer, fingerprint, start, time.monotonic() - started)
     )
@@ -256,10 +256,3 @@ def latent_columns(latents: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     for prefix, values in (("z", latents["mean"]), ("std", latents["std"])):
         columns |= {f"{prefix}_{j}": values[:, j].astype(np.float32) for j in range(values.shape[1])}
     return columns | {"loss": latents["loss"].astype(np.float32)}
-
-
-def _write_metrics(run: Path, trainer: Trainer) -> None:
-    with replacing(run / "metrics.jsonl") as temporary:
-        temporary.write_text(
-            "".join(json.dumps(row) + "\n" for row in trainer.progress.metrics), encoding="utf-8"
-        )
