@@ -88,7 +88,7 @@ def test_the_subspace_learnt_on_a_gpu_is_that_of_the_cpu(stack: Path, tmp_path: 
         arguments = ["train", str(stack), "-o", str(run), "--device", device, "--latent-dim", "4", *options]
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        tables[device] = read_columns(run / "latent.parquet")
+        tables[device] = read_columns(run / "latent.parquet", "run `train`")
         assert json.loads((run / "run.json").read_text())["device"] == device
     for name in (name for name in tables["cpu"] if name.startswith("z_")):
         one, other = tables["cpu"][name], tables["cuda"][name]
@@ -96,46 +96,17 @@ def test_the_subspace_learnt_on_a_gpu_is_that_of_the_cpu(stack: Path, tmp_path: 
             assert abs(np.corrcoef(one, other)[0, 1]) > 0.999, name
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--encoder", "image", "--decoder", "mlp"],
-        ["--decoder", "mlp"],
-        ["--encoder", "image", "--decoder", "basis"],
-    ],
-)
-def test_networks_train_and_draw_on_a_gpu(stack: Path, tmp_path: Path, options) -> None:
+@pytest.mark.parametrize("encoder, decoder", [("image", "mlp"), ("subspace", "mlp"), ("image", "basis")])
+def test_networks_train_and_draw_on_a_gpu(stack: Path, tmp_path: Path, encoder: str, decoder: str) -> None:
+    run, volumes = tmp_path / "run", tmp_path / "volumes"
     network = "--epochs 3 --batch-size 16 --learning-rate 1e-3 --encoder-width 64 --decoder-width 64"
     for command in (
-        [
-            "train",
-            str(stack),
-            "-o",
-            str(tmp_path / "run"),
-            "--device",
-            "cuda",
-            "--latent-dim",
-            "2",
-            *network.split(),
-            *options,
-        ],
-        ["analyze", str(tmp_path / "run"), "--no-umap", "--clusters", "2", "-o", str(tmp_path / "analysis")],
-        [
-            "volumes",
-            str(tmp_path / "run"),
-            "--latents",
-            str(tmp_path / "analysis" / "centers.csv"),
-            "--device",
-            "cuda",
-            "-o",
-            str(tmp_path / "volumes"),
-        ],
+        f"train {stack} -o {run} --device cuda --latent-dim 2 --encoder {encoder} --decoder {decoder} {network}",
+        f"volumes {run} --kmeans 2 --device cuda -o {volumes}",
     ):
-        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        done = CliRunner().invoke(app, command.split(), catch_exceptions=False)
         assert done.exit_code == 0, done.output
-    losses = [
-        json.loads(line)["reconstruction"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["reconstruction"] for line in lines]
     assert losses[-1] < losses[0]
-    assert len(list((tmp_path / "volumes").glob("*.mrc"))) == 2
+    assert len(list(volumes.glob("*.mrc"))) == 2
