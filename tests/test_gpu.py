@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.fourier_images import FourierImages
+from cryodrgn_pipeline.io.mrc import read_volume
 from cryodrgn_pipeline.io.runs import read_columns
 from cryodrgn_pipeline.subspace.images import level_plane
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
@@ -96,17 +97,44 @@ def test_the_subspace_learnt_on_a_gpu_is_that_of_the_cpu(stack: Path, tmp_path: 
             assert abs(np.corrcoef(one, other)[0, 1]) > 0.999, name
 
 
-@pytest.mark.parametrize("encoder, decoder", [("image", "mlp"), ("subspace", "mlp"), ("image", "basis")])
-def test_networks_train_and_draw_on_a_gpu(stack: Path, tmp_path: Path, encoder: str, decoder: str) -> None:
-    run, volumes = tmp_path / "run", tmp_path / "volumes"
+@pytest.fixture(scope="module", params=["kernel", "basis", "image-basis", "image-mlp", "mlp"])
+def run(request, stack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind, trained on the GPU."""
+    *encoder, decoder = request.param.split("-")
+    run = tmp_path_factory.mktemp("run") / request.param
     network = "--epochs 3 --batch-size 16 --learning-rate 1e-3 --encoder-width 64 --decoder-width 64"
-    for command in (
-        f"train {stack} -o {run} --device cuda --latent-dim 2 --encoder {encoder} --decoder {decoder} {network}",
-        f"volumes {run} --kmeans 2 --device cuda -o {volumes}",
-    ):
-        done = CliRunner().invoke(app, command.split(), catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    chosen = f"--encoder {encoder[0] if encoder else 'subspace'} --decoder {decoder}"
+    verb(f"train {stack} -o {run} --device cuda --latent-dim 2 {chosen} {network}")
+    return run
+
+
+def verb(words: str) -> None:
+    """Run a verb of ours that has to succeed."""
+    done = CliRunner().invoke(app, words.split(), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def test_models_learn_on_a_gpu(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["reconstruction"] for line in lines]
     assert losses[-1] < losses[0]
-    assert len(list(volumes.glob("*.mrc"))) == 2
+
+
+def test_volumes_drawn_on_a_gpu_are_those_of_the_cpu(run: Path, tmp_path: Path) -> None:
+    for box, options in ((32, ""), (16, "--box-size 16")):
+        for device in ("cpu", "cuda"):
+            verb(f"volumes {run} --kmeans 2 --device {device} {options} -o {tmp_path}/{device}{box}")
+        for name in ("vol_000.mrc", "vol_001.mrc"):
+            one, other = (read_volume(tmp_path / f"{device}{box}" / name)[0] for device in ("cpu", "cuda"))
+            assert one.shape == (box,) * 3
+            assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99
+
+
+def test_a_gpu_places_particles_and_takes_volumes_from_them(run: Path, stack: Path, tmp_path: Path) -> None:
+    verb(f"volumes {run} --kmeans 1 --source particles --device cuda -o {tmp_path}/volumes")
+    assert (tmp_path / "volumes" / "vol_000.mrc").is_file()
+    verb(f"encode {run} {stack} --device cuda -o {tmp_path}/placed")
+    own, placed = (
+        read_columns(folder / "latent.parquet", "run `train`") for folder in (run, tmp_path / "placed")
+    )
+    assert abs(np.corrcoef(own["z_0"], placed["z_0"])[0, 1]) > 0.9
