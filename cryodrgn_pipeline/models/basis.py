@@ -113,7 +113,7 @@ class BasisModel:
 
 
 def combined(factors: Tensor, maps: Tensor, pixel_size_a: float, box_size_px: int) -> Tensor:
-    """Σ factorⱼ mapⱼ of `(R, D, D, D)` maps, on a grid of this box with the same field of view, on the CPU."""
+    """Σ factorⱼ mapⱼ of `(R, D, D, D)` maps on the CPU, in a grid of this box with the same field of view."""
     density: Tensor = torch.tensordot(factors.to(maps), maps, dims=1).cpu()
     d = int(maps.shape[-1])
     if box_size_px == d:
