@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from cryodrgn_pipeline.cli import data, model, results, with_cryosparc, workflow  # noqa: F401  (they add their verbs)
@@ -19,7 +20,8 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="cryodrgn-pipeline")
     except Interrupted as stopped:
-        print(f"{stopped}{stopped.saved and ': ' + stopped.saved}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one tells
+            print(f"{stopped}{stopped.saved and ': ' + stopped.saved}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except CryodrgnPipelineError as error:
         if debug:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -45,7 +46,8 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    level = logging.WARNING if quiet else logging.DEBUG if verbose or debug else logging.INFO
+    follows = os.environ.get("RANK", "0") != "0"  # of several processes the first one tells
+    level = logging.WARNING if quiet or follows else logging.DEBUG if verbose or debug else logging.INFO
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("cryodrgn_pipeline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,15 @@ def train(
     amp: Annotated[
         bool | None, typer.Option("--amp/--no-amp", help="Mixed precision; default: on a GPU only.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, shared by the processes of a node; default: all.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on each node that train together: one for each GPU.")
+    ] = 1,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Nodes that train together; srun starts the command on each.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's checkpoints where they fit.")
     ] = False,
@@ -109,6 +118,9 @@ def train(
     basis also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch.
     Then --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius,
     --loss, --coordinate-fraction and --frequency-marching are for --decoder mlp.
+
+    Training epoch by epoch in several --processes or on several --nodes gives the same model: they share
+    each batch. The subspace and the default model are learnt by one process.
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
@@ -125,7 +137,12 @@ def train(
             "--encoder image goes with --decoder basis or mlp: a kernel's functions are those of the place "
             "in the subspace (--encoder subspace)"
         )
-    if method == "subspace" or (encoder == "subspace" and decoder != "mlp"):
+    by_epochs = method == "vae" and (encoder == "image" or decoder == "mlp")
+    if by_epochs and processes * nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        from cryodrgn_pipeline.launch import run_in_processes
+
+        raise typer.Exit(run_in_processes(processes, nodes))
+    if not by_epochs:
         from cryodrgn_pipeline.devices import choose_device
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 

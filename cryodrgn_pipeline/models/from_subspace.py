@@ -72,6 +72,8 @@ class ImageBasisVae(nn.Module):
     def __init__(self, config: VaeConfig, basis: BasisVae) -> None:
         super().__init__()
         self.config, self.basis = config, basis
+        for idle in (basis.encoder, basis.encoder_line):
+            idle.requires_grad_(False)  # the encoder of images stands in for them
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(config.seed)
             self.encoder = image_encoder(config)

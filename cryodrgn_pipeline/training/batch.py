@@ -15,9 +15,13 @@ from cryodrgn_pipeline.subspace.poses import PoseOffsets
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B images at the P half-plane frequencies; `rows` are their rows in the stack, `position` among all."""
+    """B images at the P half-plane frequencies; `rows` are their rows in the stack, `position` among all.
+
+    `whole`: the rows of the batch that these are one rank's share of.
+    """
 
     rows: NDArray[np.int64]
+    whole: NDArray[np.int64]
     position: Tensor  # (B,)
     coefficients: Tensor  # (B, P) complex64, divided by the normalisation σ
     ctf: Tensor  # (B, P), times the particle's contrast where that is known

@@ -19,6 +19,7 @@ from cryodrgn_pipeline.fourier.rotate import coefficients_at, in_plane_angle, tu
 from cryodrgn_pipeline.fourier.transforms import half_plane_coefficients
 from cryodrgn_pipeline.models.vae import VaeConfig
 from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.training.batch import Batch, Placed
@@ -49,6 +50,8 @@ class TrainingData:
         the images when None.
     placed
         What the subspace says about the particles, where the model starts from it.
+    copies
+        How many processes on this node hold the same in memory.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class TrainingData:
         scale: float | None = None,
         input_scale: float | None = None,
         placed: Placed | None = None,
+        copies: int = 1,
     ) -> None:
         self.stack, self.rows, self.device = stack, rows, device
         plane, encoder_plane = model.plane(), model.encoder_plane()
@@ -104,7 +108,7 @@ class TrainingData:
         self._width = len(plane) + (len(encoder_plane) if self._aligned else 0)
         needed = 8 * self._width * len(rows)
         if in_memory is None:
-            in_memory = needed < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            in_memory = copies * needed < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         log.info(
             "%d images of %d px %s (%.2f GB of coefficients)",
             len(rows),
@@ -121,8 +125,9 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """The batch of the given stack rows."""
+    def batch(self, rows: NDArray[np.int64], ranks: Ranks = ALONE) -> Batch:
+        """The batch of the given stack rows: the share of this rank."""
+        whole, rows = rows, rows[ranks.share(len(rows))]
         position = torch.from_numpy(self._position[rows])
         stored = self._read(rows) if self._coefficients is None else self._coefficients[position]
         position, stored = position.to(self.device), stored.to(self.device, non_blocking=True)
@@ -134,6 +139,7 @@ class TrainingData:
             weight = self._weight[self._group[position]]
         return Batch(
             rows=rows,
+            whole=whole,
             position=position,
             coefficients=coefficients,
             ctf=transfer if contrast is None else transfer * contrast,
@@ -158,21 +164,25 @@ class TrainingData:
         snr = self._snr[self._group[position]]
         return seen * (transfer * snr / (transfer**2 * snr + 1) / self.input_scale)
 
-    def batches(self, order: NDArray[np.int64], batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """Batches of the rows in `order` from batch number `first`.
+    def batches(
+        self, order: NDArray[np.int64], batch_size: int, first: int = 0, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
+        """Batches of the rows in `order` from batch number `first`: of each the share of this rank.
 
         What has to be read from disk or sent to a GPU is prepared ahead in a thread.
         """
         parts = [order[i : i + batch_size] for i in range(first * batch_size, len(order), batch_size)]
         if self._coefficients is not None and self.device.type == "cpu":
-            yield from map(self.batch, parts)  # a second thread would only take the cores from the network
+            yield from (
+                self.batch(part, ranks) for part in parts
+            )  # a second thread would only take the cores from the network
             return
         with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(self.batch, part) for part in parts[:2]]
+            ahead = [reader.submit(self.batch, part, ranks) for part in parts[:2]]
             for number in range(len(parts)):
                 ready = ahead.pop(0).result()
                 if number + 2 < len(parts):
-                    ahead.append(reader.submit(self.batch, parts[number + 2]))
+                    ahead.append(reader.submit(self.batch, parts[number + 2], ranks))
                 yield ready
 
     def epoch_order(self, rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:

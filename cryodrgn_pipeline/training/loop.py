@@ -3,6 +3,9 @@
 Each batch: what the encoder reads → z; slices of the decoder at the known poses, times the CTF; mean squared
 error against the images, plus β/n_pixels times the KL divergence (Zhong et al. 2021). A decoder in the span
 of maps needs no slices: images enter by their inner products with the maps.
+
+Several ranks share each batch: gradients are summed by DistributedDataParallel, so that the model is the one
+that a single process learns from the same batches, up to the order of the sums.
 """
 
 from __future__ import annotations
@@ -10,18 +13,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cryodrgn_pipeline.errors import Interrupted, TrainingError
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae
 from cryodrgn_pipeline.progress import checkpointed, measured, progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.training.batch import Batch
 from cryodrgn_pipeline.training.data import TrainingData
@@ -55,6 +61,17 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Parts(nn.Module):
+    """Encoder and decoder behind the one `forward` that DistributedDataParallel watches."""
+
+    def __init__(self, vae: Network) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, part: str, *inputs: Tensor) -> Any:
+        return getattr(self.vae, part)(*inputs)
+
+
 class Trainer:
     """One model, its optimiser, its data; `run` trains until the asked number of epochs is done.
 
@@ -70,6 +87,8 @@ class Trainer:
         A state from an earlier `state()` to go on from.
     products
         The images' inner products with the maps of an `ImageBasisVae`.
+    ranks
+        Processes that train the model together, each with a share of every batch.
     """
 
     def __init__(
@@ -83,9 +102,10 @@ class Trainer:
         device: torch.device,
         state: dict[str, Any] | None = None,
         products: Seen | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.vae, self.data, self.settings, self.device = vae.to(device), data, settings, device
-        self.train_rows, self.held_out_rows = train_rows, held_out_rows
+        self.train_rows, self.held_out_rows, self.ranks = train_rows, held_out_rows, ranks
         self.products = None if products is None else products.to(device)
         usual = 1 / vae.config.latent_dim if isinstance(vae, Vae) else EVIDENCE_BETA
         self.beta = usual if settings.beta is None else settings.beta
@@ -105,6 +125,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
+        self.network: nn.Module = _Parts(vae)
+        if ranks.size > 1:
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on as if nothing had happened."""
@@ -135,78 +158,92 @@ class Trainer:
                 pending: list[tuple[Batch, Tensor, Tensor]] = []
                 order = self.data.epoch_order(self.train_rows, settings.seed, standing.epoch)
                 self.vae.train()
-                for batch in self.data.batches(order, settings.batch_size, first=standing.batch):
+                first = standing.batch
+                for batch in self.data.batches(order, settings.batch_size, first=first, ranks=self.ranks):
                     pending.append((batch, *self._step(batch)))
                     standing.batch += 1
                     standing.step += 1
                     minutes = (time.monotonic() - last_save) / 60
-                    save_due = bool(stop) or minutes > settings.checkpoint_every_minutes
+                    ended_by, save_due = self._agreed(stop, minutes > settings.checkpoint_every_minutes)
                     if save_due or len(pending) >= LOSSES_IN_FLIGHT[self.device.type]:
                         self._account(pending)
                     tick = self._clock(tick)
-                    advance(len(batch.rows), note=f"epoch {standing.epoch + 1} of {settings.epochs}")
+                    advance(len(batch.whole), note=f"epoch {standing.epoch + 1} of {settings.epochs}")
                     if save_due and standing.batch < batches_per_epoch:
                         save()
                         checkpointed()
                         last_save = time.monotonic()
-                        if stop.signal_number is not None:
-                            raise Interrupted(stop.signal_number, saved=SAVED)
+                        if ended_by:
+                            raise Interrupted(ended_by, saved=SAVED)
                 self._account(pending)
                 self._end_epoch()
                 measured(standing.metrics, settings.epochs)
                 last = standing.epoch == settings.epochs
-                ended_by = stop.signal_number
-                save_due = save_due or ended_by is not None or last
+                ended_by, save_due = self._agreed(stop, save_due or last)
                 if save_due or standing.epoch % settings.checkpoint_every_epochs == 0:
                     save()
                     checkpointed()
                     last_save = time.monotonic()
-                if ended_by is not None and not last:
+                if ended_by and not last:
                     raise Interrupted(ended_by, saved=SAVED)
 
+    def _agreed(self, stop: StopRequest, save_due: bool) -> tuple[int, bool]:
+        """The number of the signal that any rank got (0: none), and whether all save now."""
+        signal_number, due = self.ranks.largest(stop.signal_number or 0, save_due)
+        return int(signal_number), bool(signal_number or due)
+
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update; returns reconstruction loss and KL divergence per image, `(B,)` each."""
+        """One update; returns reconstruction loss and KL divergence per image of this rank, `(B,)` each."""
         draws = torch.Generator().manual_seed(_mix(self.settings.seed, self.progress.step))
         n_points = self.points_in_disc()
         chosen = max(1, round(self.settings.coordinate_fraction * n_points))
         points: Tensor | slice = slice(n_points)  # points are ordered by rising |k|
         if chosen < n_points:
             points = torch.randperm(n_points, generator=draws)[:chosen].to(self.device)
-        with torch.autocast(**self.autocast):
-            mean, log_variance = self.vae.encode(batch.seen)
+        with torch.autocast(**self.autocast), self._summing(last=False):
+            mean, log_variance = self.network("encode", batch.seen)
         mean, log_variance = mean.float(), log_variance.float()
-        noise = torch.randn(mean.shape, generator=draws).to(self.device)
+        noise = torch.randn(len(batch.whole), mean.shape[1], generator=draws)
+        noise = noise[self.ranks.share(len(noise))].to(self.device)
         z = mean + noise * torch.exp(0.5 * log_variance)
         self.optimizer.zero_grad(set_to_none=True)
         # the decoder's part of the graph is cut here and freed by pieces
         z_leaf = z.detach().requires_grad_()
-        error = torch.cat(
-            [
-                self._backward_piece(batch, piece, points, z_leaf)
-                for piece in self._pieces(len(batch.rows), chosen)
-            ]
-        )
+        errors, pieces = [], self._pieces(len(batch.rows), chosen)
+        for piece in pieces:
+            with self._summing(last=piece is pieces[-1]):
+                errors.append(self._backward_piece(batch, piece, points, z_leaf))
         divergence = kl_divergence(mean, log_variance)
-        weight = self.beta / self._n_pixels(n_points)
-        torch.autograd.backward([z, self.scaler.scale(weight * divergence.mean())], [z_leaf.grad, None])
+        penalty = self.beta / self._n_pixels(n_points) * self._share_of_mean(divergence, batch)
+        torch.autograd.backward([z, self.scaler.scale(penalty)], [z_leaf.grad, None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return error, divergence.detach()
+        return torch.cat(errors), divergence.detach()
 
     def _backward_piece(self, batch: Batch, piece: slice, points: Tensor | slice, z: Tensor) -> Tensor:
         error = self._error(batch, piece, points, z[piece])
-        torch.autograd.backward(self.scaler.scale(error.sum() / len(batch.rows)))
+        torch.autograd.backward(self.scaler.scale(self._share_of_mean(error, batch)))
         return error.detach()
+
+    def _share_of_mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """What gives the mean over the batch once it is averaged over ranks, as their gradients are."""
+        return values.sum() * self.ranks.size / len(batch.whole)
+
+    def _summing(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around each call of the network in an update: only with the last do gradients go to all ranks."""
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        return self.network.no_sync()
 
     def _error(self, batch: Batch, piece: slice, points: Tensor | slice, z: Tensor) -> Tensor:
         """Mean squared error `(b,)` of some images at latents `(b, z)`."""
         if isinstance(self.vae, ImageBasisVae):
             if self.products is None:
                 raise ValueError("a decoder in the span of maps needs the images' inner products with them")
-            return self.products.loss(self.vae.factors(z), batch.position[piece])
+            return self.products.loss(self.network("factors", z), batch.position[piece])
         coordinates = batch.coordinates(self.data.plane, points, piece)
         with torch.autocast(**self.autocast):
-            predicted = self.vae.decode_slices(coordinates, z, batch.transfer(points, piece))
+            predicted = self.network("decode_slices", coordinates, z, batch.transfer(points, piece))
         return reconstruction(predicted, batch.coefficients[piece, points], batch.weights(points, piece))
 
     def points_in_disc(self) -> int:
@@ -224,14 +261,19 @@ class Trainer:
 
     def _pieces(self, n_images: int, n_points: int) -> list[slice]:
         images = max(1, POINTS_IN_FLIGHT[self.device.type] // n_points)
-        return [slice(i, i + images) for i in range(0, n_images, images)]
+        # a rank without an image in a batch takes part with an empty piece
+        return [slice(i, i + images) for i in range(0, max(n_images, 1), images)]
 
     def _account(self, pending: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        if not pending:
+            return
         sums = self.progress.sums
-        for batch, error, divergence in pending:
-            values = {"reconstruction": float(error.sum()), "kld": float(divergence.sum())}
+        found = torch.stack([torch.stack([error.sum(), kld.sum()]) for _, error, kld in pending]).double()
+        self.ranks.sum_(found)
+        for (batch, _, _), (error, kld) in zip(pending, found.tolist(), strict=True):
+            values = {"reconstruction": error, "kld": kld}
             if not np.isfinite(sum(values.values())):
-                ids = self.data.stack.particles.particle_id[batch.rows]
+                ids = self.data.stack.particles.particle_id[batch.whole]
                 raise TrainingError(
                     f"the loss is not a number in epoch {self.progress.epoch + 1} (reconstruction "
                     f"{values['reconstruction']}, KL divergence {values['kld']}). The batch's particles: "
@@ -240,7 +282,7 @@ class Trainer:
                 )
             for name, value in values.items():
                 sums[name] += value
-            sums["images"] += len(batch.rows)
+            sums["images"] += len(batch.whole)
         pending.clear()
 
     def _end_epoch(self) -> None:
@@ -292,8 +334,12 @@ class Trainer:
     def evaluate(
         self, rows: NDArray[np.int64], points: Tensor | slice = slice(None)
     ) -> dict[str, NDArray[Any]]:
-        """Per image: latent `mean` and `std` `(N, z)`; `loss` at the mean over `points` and `kld`, `(N,)`."""
+        """Per image: latent `mean` and `std` `(N, z)`; `loss` at the mean over `points` and `kld`, `(N,)`.
+
+        Ranks share the images; all of them get all results.
+        """
         self.vae.eval()
+        rows = rows[self.ranks.share(len(rows))]
         n_points = len(self.data.plane.at(points))
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "loss": [], "kld": []}
         for batch in self.data.batches(rows, max(self.settings.batch_size, 64)):
@@ -305,7 +351,12 @@ class Trainer:
             parts["mean"].append(mean)
             parts["std"].append(torch.exp(0.5 * log_variance))
             parts["kld"].append(kl_divergence(mean, log_variance))
-        return {name: torch.cat(values).cpu().numpy() for name, values in parts.items()}
+        one_latent = torch.zeros(0, self.vae.config.latent_dim, device=self.device)
+        empty = {"mean": one_latent, "std": one_latent, "loss": one_latent[:, 0], "kld": one_latent[:, 0]}
+        return {
+            name: self.ranks.gathered(torch.cat([empty[name], *values])).cpu().numpy()
+            for name, values in parts.items()
+        }
 
 
 def _mix(seed: int, step: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from cryodrgn_pipeline.devices import choose_device
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import write_json
-from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, save_model
+from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, load_state, save_model
 from cryodrgn_pipeline.io.manifest import digest, environment
 from cryodrgn_pipeline.io.runs import write_columns, write_metrics
 from cryodrgn_pipeline.models.basis import BasisModel, BasisVae
@@ -24,6 +26,7 @@ from cryodrgn_pipeline.models.encoder import Reading
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration, recorded
+from cryodrgn_pipeline.ranks import Ranks, joined
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.run import SubspaceRequest
 from cryodrgn_pipeline.training.data import TrainingData
@@ -58,13 +61,14 @@ def train_vae(request: TrainingRequest) -> None:
     """Train, then write latents, weights, metrics and manifest into the run folder.
 
     An encoder of the subspace or a decoder in its maps starts from the default model, which is learnt first.
-    A finished run of the same fingerprint and epochs is left as it is. Raises `InputFormatError` without
+    A finished run of the same fingerprint and epochs is left as it is. Under torchrun all ranks train it
+    together; it does not depend on how many there are, and rank 0 writes. Raises `InputFormatError` without
     poses or with unknown ids, `TrainingError` when the loss is not a number or the folder is in use.
     """
     settings = request.settings
     device = choose_device(settings.device)
     if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(max(1, settings.threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     stack, rows = stack_rows(request.stack, request.subset)
     described = {
         "method": "vae",
@@ -74,13 +78,17 @@ def train_vae(request: TrainingRequest) -> None:
         "settings": settings.that_shape_the_result(),
     }
     fingerprint = digest(described)
-    with only_writer(request.run), StopRequest().listening() as stop:
-        # of a rigid particle there is nothing to train: no epochs, however many are asked for
-        if any(finished(request.run, fingerprint, epochs) for epochs in (settings.epochs, 0)):
-            log.info("%s: already trained with these images and settings, nothing to do", request.run)
-            return
-        with recorded(request.run):
-            _train(request, stack, rows, fingerprint, device, stop)
+    with joined(device) as ranks:
+        lock = only_writer(request.run) if ranks.leads else nullcontext()
+        with lock, StopRequest().listening() as stop:
+            # of a rigid particle there is nothing to train: no epochs, however many are asked for
+            lengths = (settings.epochs, 0) if ranks.leads else ()
+            done = any(finished(request.run, fingerprint, epochs) for epochs in lengths)
+            if any(ranks.largest(done)):
+                log.info("%s: already trained with these images and settings, nothing to do", request.run)
+                return
+            with recorded(request.run) if ranks.leads else nullcontext():
+                _train(request, stack, rows, fingerprint, device, stop, ranks)
 
 
 def _train(
@@ -90,19 +98,26 @@ def _train(
     fingerprint: str,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> None:
     settings, run, started = request.settings, request.run, time.monotonic()
     folder = CheckpointFolder(run, fingerprint)
-    state = folder.open(resume=request.resume, epochs=settings.epochs)
-    (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
-    start = None
-    if request.model.encoder == "subspace" or request.model.decoder == "basis":
+    state, start = None, None
+    if ranks.leads:
+        state = folder.open(resume=request.resume, epochs=settings.epochs)
+        (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
+    from_subspace = request.model.encoder == "subspace" or request.model.decoder == "basis"
+    if ranks.leads and from_subspace:
         start = Start.load(folder.path, fingerprint)
         start = start or learn_start(
             _of_subspace(request), stack, rows, request.model, fingerprint, folder.path
         )
-        if start is None:
-            return
+    resuming, started_from = ranks.largest(state is not None, start is not None)
+    if not ranks.leads:  # rank 0 has put in order what the others read
+        state = load_state(folder.state_file) if resuming else None
+        start = Start.load(folder.path, fingerprint) if started_from else None
+    if from_subspace and start is None:
+        return
     data = TrainingData(
         stack,
         rows,
@@ -112,6 +127,7 @@ def _train(
         scale=None if state is None else state["scale"],
         input_scale=None if state is None else state["input_scale"],
         placed=None if start is None else start.placed,
+        copies=ranks.local_size,
     )
     train_rows, held_out_rows = split_held_out(
         rows, stack.particles.particle_id[rows], settings.held_out_fraction, settings.seed
@@ -127,20 +143,24 @@ def _train(
         device=device,
         state=state,
         products=start.seen if start is not None and request.model.decoder == "basis" else None,
+        ranks=ranks,
     )
     if state is not None:
         log.info("resuming after %d epochs and %d batches", state["epoch"], trainer.progress.batch)
     log.info(
-        "VAE: z %d, encoder %s, decoder %s, %d training and %d held-out particles, on %s",
+        "VAE: z %d, encoder %s, decoder %s, %d training and %d held-out particles, on %s%s",
         request.model.latent_dim,
         _in_words(request.model, "encoder", "image"),
         _in_words(request.model, "decoder", "mlp"),
         len(train_rows),
         len(held_out_rows),
-        device,
+        device.type,
+        f" in {ranks.size} processes" if ranks.size > 1 else "",
     )
 
     def save() -> None:
+        if not ranks.leads:
+            return
         folder.save(trainer.state())
         write_metrics(run, trainer.progress.metrics)
         if trainer.progress.batch == 0 and trainer.progress.epoch < settings.epochs:
@@ -151,6 +171,8 @@ def _train(
 
     trainer.run(save, stop)
     latents = trainer.evaluate(rows, low_resolution_points(data))
+    if not ranks.leads:
+        return
     columns = latent_columns(latents) | {"held_out": np.isin(rows, held_out_rows)}
     write_columns(
         run / "latent.parquet",
@@ -224,7 +246,8 @@ def _manifest(
             "beta": trainer.beta,
             "model": request.model.as_dict(),
             "settings": request.settings.as_dict(),
-            "device": str(trainer.device),
+            "device": trainer.device.type,
+            "processes": trainer.ranks.size,
             "threads": torch.get_num_threads(),
             "epochs": trainer.progress.epoch,
             "training_seconds": trainer.progress.seconds,

@@ -15,6 +15,7 @@ from typing import Any
 from cryodrgn_pipeline.errors import InputFormatError, TrainingError
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, load_state, save_state
+from cryodrgn_pipeline.ranks import started_by_torchrun
 
 log = logging.getLogger(__name__)
 
@@ -135,4 +136,5 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        signal.signal(number, signal.SIG_DFL)
+        if not started_by_torchrun():  # it hands a signal on that Slurm has sent to all processes already
+            signal.signal(number, signal.SIG_DFL)

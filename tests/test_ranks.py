@@ -1,0 +1,128 @@
+"""Several processes that compute one result: what two of them find is what one finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_program import KINDS, train
+from typer.testing import CliRunner
+
+from cryodrgn_pipeline.cli import app
+from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.io.checkpoints import load_state
+from cryodrgn_pipeline.launch import run_in_processes
+
+PROGRAM = Path(__file__).with_name("ranks_program.py")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two ranks found, by gloo on this machine."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(PROGRAM), str(tiny_set / "stack"), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [load_state(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_shares_are_gathered_in_order_and_sums_and_maxima_are_those_of_all(two_ranks: list[dict]) -> None:
+    first, second = (found["primitives"] for found in two_ranks)
+    assert [first["share"].tolist(), second["share"].tolist()] == [[0, 3], [3, 7]]
+    for found in (first, second):
+        assert found["gathered"].tolist() == [[i, -i] for i in range(7)]
+        assert found["sum"] == 21
+        assert found["largest"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_learn_the_model_that_one_process_learns(
+    two_ranks: list[dict], tiny_set: Path, kind: str
+) -> None:
+    alone = train(kind, tiny_set / "stack")
+    first, second = (found[kind] for found in two_ranks)
+    for name, value in alone["gradients"].items():
+        torch.testing.assert_close(first["gradients"][name], value, atol=1e-5, rtol=1e-4)
+    for name, value in alone["model"].items():
+        torch.testing.assert_close(first["model"][name], value, atol=1e-5, rtol=1e-4)
+        assert torch.equal(first["model"][name], second["model"][name])
+    for one, two in zip(alone["progress"]["metrics"], first["progress"]["metrics"], strict=True):
+        for name in ("loss", "reconstruction", "kld", "held_out_reconstruction", "held_out_kld"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5)
+        assert two["step"] == one["step"]
+    for name, value in alone["latents"].items():
+        torch.testing.assert_close(first["latents"][name], value, atol=1e-4, rtol=1e-4)
+
+
+def command(stack: Path, run: Path, epochs: int, processes: int) -> list[str]:
+    """A training that saves with every batch."""
+    return (
+        f"train {stack} -o {run} --encoder image --decoder mlp --epochs {epochs} --processes {processes} "
+        "--encoder-width 16 --decoder-width 16 --latent-dim 2 --checkpoint-every-minutes 1e-9 --threads 2 "
+        "--device cpu --resume"
+    ).split()
+
+
+def start_training(stack: Path, run: Path) -> subprocess.Popen:
+    """It, in two processes, without an end."""
+    words = [sys.executable, "-m", "cryodrgn_pipeline", *command(stack, run, 100_000, 2)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_a_new_state(run: Path, process: subprocess.Popen) -> None:
+    path = run / "checkpoints" / "state.pt"
+    before, deadline = path.stat().st_mtime_ns if path.exists() else 0, time.monotonic() + 240
+    while not path.exists() or path.stat().st_mtime_ns == before:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def test_processes_are_interrupted_together_a_lost_one_ends_all_and_any_number_goes_on(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    stack, run = tiny_set / "stack", tmp_path / "run"
+    stopped = start_training(stack, run)
+    wait_for_a_new_state(run, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    _, log = stopped.communicate()
+    assert stopped.returncode == 128 + signal.SIGTERM, log
+    assert "in 2 processes" in log
+    assert "a checkpoint; go on with the same command and --resume" in log
+    steps = load_state(run / "checkpoints" / "state.pt")["progress"]["step"]
+
+    robbed = start_training(stack, run)
+    wait_for_a_new_state(run, robbed)
+    second = Path(f"/proc/{robbed.pid}/task/{robbed.pid}/children").read_text().split()[-1]
+    os.kill(int(second), signal.SIGKILL)
+    _, log = robbed.communicate()
+    assert robbed.returncode == 1, log
+    assert "of 2 on this node was killed by signal 9" in log
+    assert "Traceback" not in log
+    assert not (run / "run.json").exists()
+    state = load_state(run / "checkpoints" / "state.pt")
+    assert state["progress"]["step"] > steps
+
+    alone = CliRunner().invoke(app, command(stack, run, state["epoch"] + 1, 1), catch_exceptions=False)
+    assert alone.exit_code == 0
+    assert "resuming after" in alone.stderr
+    assert json.loads((run / "run.json").read_text())["epochs"] == state["epoch"] + 1
+
+
+def test_several_nodes_need_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    with pytest.raises(ConfigError, match=r"--nodes 3: .*srun --nodes 3 --ntasks 3 cryodrgn-pipeline train"):
+        run_in_processes(2, 3)
