@@ -97,7 +97,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(
             rank=dist.get_rank(), size=dist.get_world_size(), local_size=int(os.environ["LOCAL_WORLD_SIZE"])
         )
-        dist.barrier()  # none takes its end of a connection away that another still uses
+        dist.all_reduce(torch.zeros(1))  # none takes its end of a connection away that another still uses
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise

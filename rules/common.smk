@@ -121,6 +121,15 @@ def gpus_for(step):
     return config["resources"][step]["gpus"]
 
 
+def nodes_for(step):
+    """GPUs on one node, or on each of several; there srun starts one task a node."""
+    gpus, nodes = (config["resources"][step][key] for key in ("gpus", "nodes"))
+    if nodes == 1:
+        return {"gpu": gpus} | ({"nodes": 1} if gpus > 1 else {})
+    several = {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": -1}
+    return several | ({"gres": f"gpu:{gpus}"} if gpus else {})
+
+
 # ── Import ──
 
 
@@ -249,6 +258,23 @@ def checked_consensus(wildcards):
 
 def subset_option(wildcards):
     return [] if wildcards.subset == "all" else ["--subset"]
+
+
+def srun(wildcards, threads, resources):
+    """What starts the command on each of several nodes, for one node nothing."""
+    nodes = resources.get("nodes") or 1
+    if nodes == 1:
+        return ""
+    step = f"srun --nodes {nodes} --ntasks {nodes} --cpus-per-task {threads}"
+    return f"{step} --mem 0 --kill-on-bad-exit "  # all memory of the job; a lost node ends it
+
+
+def processes_options(wildcards, resources):
+    """One process for each GPU; how many there are is no reason to train again."""
+    given = config["resources"]["train"]
+    processes = {"processes": max(1, given["gpus"]), "nodes": given["nodes"]}
+    asked = {key: number for key, number in processes.items() if number > 1}
+    return [word for key, number in asked.items() for word in (f"--{key}", str(number))]
 
 
 def train_options(wildcards):

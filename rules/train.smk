@@ -18,16 +18,19 @@ rule train_model:
         "../workflows/envs/cryodrgn-pipeline.yaml"
     threads: threads_for("train")
     resources:
+        **nodes_for("train"),
         mem_mb=mem_mb_for("train"),
         runtime=runtime_for("train"),
-        gpu=gpus_for("train"),
     params:
         stack=subpath(input.stack, parent=True),
         folder=subpath(output.manifest, parent=True),
         subset=subset_option,
         options=train_options,
+        srun=srun,
+        processes=processes_options,
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: training"
     shell:
-        "cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q} {params.options:q}"
-        " --resume --threads {threads} -o {params.folder:q} &> {log:q}"
+        "{params.srun}cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q}"
+        " {params.options:q} {params.processes:q} --resume --threads {threads}"
+        " -o {params.folder:q} &> {log:q}"

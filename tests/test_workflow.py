@@ -248,7 +248,7 @@ def test_every_setting_of_the_training_verb_can_be_configured() -> None:
     from cryodrgn_pipeline.config.models import Train
 
     verb = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    said_by_the_workflow = {"stack", "run", "subset", "threads", "resume"}
+    said_by_the_workflow = {"stack", "run", "subset", "threads", "resume", "processes", "nodes"}
     spoken = {"lazy": "in_memory"}
     settings = {spoken.get(parameter.name, parameter.name) for parameter in verb.params}
     assert settings - said_by_the_workflow == set(Train.model_fields)
@@ -297,6 +297,31 @@ def test_every_setting_of_the_training_reaches_the_verb(project: Path) -> None:
     given["in_memory"], given["beta"] = not given["lazy"], float(given["beta"])
     assert {name: given[name] for name in train} == train
     assert sum(line[0] == "volumes" for line in lines) == 2  # centers, and pc1 of the one dimension
+
+
+@pytest.mark.parametrize(
+    ("resources", "command"),
+    [
+        ({}, "cryodrgn-pipeline train .* --device auto +--resume --threads 2 -o"),
+        ({"gpus": 4}, "cryodrgn-pipeline train .* --device auto --processes 4 --resume --threads 2"),
+        (
+            {"gpus": 4, "nodes": 2},
+            "srun --nodes 2 --ntasks 2 --cpus-per-task 2 --mem 0 --kill-on-bad-exit cryodrgn-pipeline train "
+            ".* --processes 4 --nodes 2 --resume --threads 2",
+        ),
+        (
+            {"gpus": 0, "nodes": 2},
+            "srun --nodes 2 .*cryodrgn-pipeline train .* --device auto --nodes 2 --resume",
+        ),
+    ],
+)
+def test_a_training_has_a_process_for_each_gpu_and_srun_starts_it_on_each_node(
+    project: Path, resources: dict[str, int], command: str
+) -> None:
+    train = {"train": {"threads": 2} | resources}
+    configured(project, {"datasets": {"mine": {"particles": "p.star"}}, "resources": train})
+    done = snakemake("-s", SNAKEFILE, "--dry-run", "--printshellcmds", cwd=project)
+    assert re.search(rf"^Shell command: {command}", done.stdout, flags=re.MULTILINE)
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:

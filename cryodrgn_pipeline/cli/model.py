@@ -138,27 +138,33 @@ def train(
             "in the subspace (--encoder subspace)"
         )
     by_epochs = method == "vae" and (encoder == "image" or decoder == "mlp")
-    if by_epochs and processes * nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not by_epochs:
+        processes = 1
+    if processes * nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         from cryodrgn_pipeline.launch import run_in_processes
 
         raise typer.Exit(run_in_processes(processes, nodes))
     if not by_epochs:
         from cryodrgn_pipeline.devices import choose_device
+        from cryodrgn_pipeline.ranks import joined
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
-        train_subspace(
-            SubspaceRequest(
-                stack=stack,
-                run=run,
-                subset=subset,
-                latent_dim=latent_dim,
-                decoder="linear" if method == "subspace" else decoder,
-                held_out_fraction=held_out_fraction,
-                seed=seed,
-                threads=threads,
-                device=choose_device(device).type,
-            )
-        )
+        chosen = choose_device(device)
+        with joined(chosen) as ranks:
+            if ranks.leads:
+                train_subspace(
+                    SubspaceRequest(
+                        stack=stack,
+                        run=run,
+                        subset=subset,
+                        latent_dim=latent_dim,
+                        decoder="linear" if method == "subspace" else decoder,
+                        held_out_fraction=held_out_fraction,
+                        seed=seed,
+                        threads=threads,
+                        device=chosen.type,
+                    )
+                )
         typer.echo(run / "latent.parquet")
         return
     if beta != "auto":

@@ -197,6 +197,13 @@ class GpuResources(StepResources):
     gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs")
 
 
+class TrainingResources(GpuResources):
+    """... on one node, or on several that train together under Slurm: one process for each GPU."""
+
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of each node")
+    nodes: Count = Field(1, description="nodes; threads and memory are those of each")
+
+
 class Resources(Section):
     """Threads, memory in MB, minutes and GPUs per step, for clusters; cores are capped by --cores."""
 
@@ -204,7 +211,7 @@ class Resources(Section):
     preprocess: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
     consensus: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
     subset: StepResources = StepResources(mem_mb=4000, runtime_min=20)
-    train: GpuResources = GpuResources(threads=8, mem_mb=32000, runtime_min=1440)
+    train: TrainingResources = TrainingResources(threads=8, mem_mb=32000, runtime_min=1440)
     analyze: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=120)
     volumes: GpuResources = GpuResources(threads=4, mem_mb=16000, runtime_min=120)
     report: StepResources = StepResources(mem_mb=8000, runtime_min=60)
