@@ -111,11 +111,11 @@ def image_ctf(particles: ParticleSet, rows: NDArray[Any], plane: HalfPlane, pixe
 
 
 def stream(
-    stack: Stack, rows: NDArray[np.int64], plane: HalfPlane, groups: dict[int, int]
+    stack: Stack, rows: NDArray[np.int64], plane: HalfPlane, groups: dict[int, int], *, first: int = 0
 ) -> Iterator[tuple[slice, FourierImages]]:
     """Images of the given rows (sorted reads fastest) in chunks: their place in `rows`, and their data.
 
-    They are transformed, and lie, on the device of `plane`.
+    They are transformed, and lie, on the device of `plane`. `first`: where to start, the end of a chunk.
     """
     device = plane.kx.device
     particles, p = stack.particles, stack.pixel_size_a
@@ -124,9 +124,9 @@ def stream(
         [groups[int(group)] for group in particles.optics.optics_group[rows]], dtype=np.int64
     )
     chunk = max(1, CHUNK_BYTES // (4 * stack.box_size_px**2))
-    starts = range(0, len(rows), chunk)
+    starts = range(first, len(rows), chunk)
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(stack.read, rows[0:chunk])
+        coming = reader.submit(stack.read, rows[first : first + chunk])
         for start in starts:
             images = torch.from_numpy(coming.result()).to(device)
             part = slice(start, min(start + chunk, len(rows)))

@@ -162,6 +162,8 @@ def train(
                         held_out_fraction=held_out_fraction,
                         seed=seed,
                         threads=threads,
+                        checkpoint_every_minutes=checkpoint_every_minutes,
+                        resume=resume,
                         device=chosen.type,
                     )
                 )

@@ -11,12 +11,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisVae, posterior_features
 from cryodrgn_pipeline.progress import measured
+from cryodrgn_pipeline.subspace.codec import mapped
 from cryodrgn_pipeline.subspace.em import (
     LevelState,
     SubspaceSettings,
@@ -25,6 +28,7 @@ from cryodrgn_pipeline.subspace.em import (
     look,
 )
 from cryodrgn_pipeline.subspace.fit import Fit, metric_rows
+from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.subspace.solve import solve
@@ -106,9 +110,13 @@ def train_basis(
     rows = learnt.nonzero()[:, 0]
     steps = min(max(FEWEST_STEPS, PASSES * len(rows) // BATCH_SIZE), MOST_STEPS)
     optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
-    latents = None
-    for number in range(ROUNDS):
-        seen = seen_of(fit.level, fit.known.poses, fit.posterior, settings)
+
+    def round_of(number: int, state: dict[str, Any]) -> dict[str, Any]:
+        vae.load_state_dict(state["vae"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        fit.level.maps, fit.history = state["maps"], state["history"]
+        seen = journal().once("seen", seen_now)
         with _one_thread():
             for step in range(steps):
                 for group in optimiser.param_groups:
@@ -126,7 +134,20 @@ def train_basis(
             f"{fit.history[-1]['kld']:.2f}, log evidence {fit.history[-1]['evidence']:.2f} an image"
         )
         _solve_maps(fit, vae, latents, learnt, settings, generator)
-    seen = seen_of(fit.level, fit.known.poses, fit.posterior, settings)
+        return standing()
+
+    def seen_now() -> Seen:
+        return seen_of(fit.level, fit.known.poses, fit.posterior, settings)
+
+    def standing() -> dict[str, Any]:
+        networks = {"vae": vae.state_dict(), "optimiser": optimiser.state_dict()}
+        state: dict[str, Any] = mapped(networks, Tensor.clone)  # what goes on learning changes in place
+        return state | {"generator": generator.get_state(), "maps": fit.level.maps, "history": fit.history}
+
+    state = journal().loop("network", standing(), [partial(round_of, number) for number in range(ROUNDS)])
+    vae.load_state_dict(state["vae"])
+    fit.level.maps, fit.history = state["maps"], state["history"]
+    seen = journal().once("seen", seen_now)
     return vae, encoded(vae, seen), seen
 
 
@@ -200,23 +221,27 @@ def _solve_maps(
         factors = vae.factors(latents.z + drawn * latents.std)
         second += factors[:, :, None] * factors[:, None] / SAMPLES
     squared = (where.scale**2 + where.scale_variance) * learnt
-    back, normal = accumulate(
-        state.images,
-        state.lattice,
-        latents.factors * (where.scale * learnt)[:, None],
-        second * squared[:, None, None],
-        settings,
-    )
-    prior = component_shares(len(state.maps) - 1, settings)[:, None] * state.mean_power
-    state.maps = solve(
-        state.lattice,
-        back,
-        normal,
-        prior,
-        start=state.maps,
-        iterations=settings.cg_iterations,
-        kernel=settings.kernel,
-    )
+
+    def maps() -> Tensor:
+        back, normal = accumulate(
+            state.images,
+            state.lattice,
+            latents.factors * (where.scale * learnt)[:, None],
+            second * squared[:, None, None],
+            settings,
+        )
+        prior = component_shares(len(state.maps) - 1, settings)[:, None] * state.mean_power
+        return solve(
+            state.lattice,
+            back,
+            normal,
+            prior,
+            start=state.maps,
+            iterations=settings.cg_iterations,
+            kernel=settings.kernel,
+        )
+
+    state.maps = journal().once("maps", maps)
 
 
 def _summary(fit: Fit, latents: BasisLatents, held_out: Tensor, number: int) -> dict[str, float]:

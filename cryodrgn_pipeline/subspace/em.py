@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.errors import TrainingError
-from cryodrgn_pipeline.progress import progress
+from cryodrgn_pipeline.fourier_images import FourierImages
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import LevelImages
+from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, marginalised, moves
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
-from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, joined, pack
+from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack
 from cryodrgn_pipeline.subspace.support import support_mask
 
 SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
@@ -86,10 +87,12 @@ def accumulate(
         lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel, device=device
     )
     packed = pack(second)
-    with progress(f"{lattice.box_size_px} px: sums over images", len(images), passing=True) as advance:
-        for part, chunk in images.chunks():
-            sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
-            advance(len(chunk))
+
+    def add(part: slice, chunk: FourierImages) -> None:
+        sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
+
+    what = f"{lattice.box_size_px} px: sums over images"
+    journal().summed(what, images, (sums.right, sums.normal), add)
     return sums.complete(lattice)
 
 
@@ -135,17 +138,12 @@ def look(
     lattice, images = state.lattice, state.images
     maps = state.maps if poses is None else torch.cat([state.maps, moves(state.maps[0] * lattice.mask)])
     columns = lattice.columns(maps)
-    seen: list[InnerProducts] = []
-    answers: list[PoseAnswer] = []
-    with progress(f"{lattice.box_size_px} px: where images lie", len(images), passing=True) as advance:
-        for part, chunk in images.chunks():
-            products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
-            if poses is not None:
-                products, answer = marginalised(products, poses, part)
-                answers.append(answer)
-            seen.append(products)
-            advance(len(chunk))
-    return joined(seen), joined(answers) if answers else None
+
+    def ask(part: slice, chunk: FourierImages) -> tuple[InnerProducts, PoseAnswer | None]:
+        products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
+        return (products, None) if poses is None else marginalised(products, poses, part)
+
+    return journal().gathered(f"{lattice.box_size_px} px: where images lie", images, ask)
 
 
 def iterate(
@@ -179,8 +177,11 @@ def iterate(
             "that they make together: check poses, shifts and contrast with `cryodrgn-pipeline consensus`, "
             "and look at some images"
         )
-    state.maps = solve_components(
-        state, known.posterior, learnt, settings, start=state.maps if warm else None
+    state.maps = journal().once(
+        "maps",
+        lambda: solve_components(
+            state, known.posterior, learnt, settings, start=state.maps if warm else None
+        ),
     )
     products, answer = look(state, known.poses, settings)
     spread, poses = known.scale_spread, known.poses

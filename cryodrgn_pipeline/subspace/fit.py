@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from cryodrgn_pipeline.subspace.em import (
     look,
     start_level,
 )
+from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.sums import InnerProducts
@@ -97,18 +99,36 @@ def fit_subspace(
         raise ValueError("no particles to learn from")
     first, *finer = levels_of(stack.box_size_px)
     some = np.sort(np.random.default_rng([settings.seed, 2]).permutation(len(rows))[:COARSE_IMAGES])
-    fit = _coarse_fit(stack, rows[some], first, settings, report)
+    coarse = journal().once("coarse", lambda: _coarse_fit(stack, rows[some], first, settings, report))
+    steps: list[Callable[[Fit], Fit]] = []
     if len(some) < len(rows):
-        _place(fit, stack, rows, some, settings)
-    for level_px in finer:
-        known = fit.known
-        used = ~known.posterior.is_noise
-        fit.level = start_level(stack, rows, level_px, used, known.poses, settings)
-        for iteration in range(settings.fine_iterations):
-            used = ~fit.posterior.is_noise
-            fit.known = iterate(fit.level, fit.known, used, settings, warm=iteration > 0)
-            _tell(fit, summary(level_px, iteration, fit.known, stack.box_size_px), report)
-    return fit
+        steps.append(lambda fit: _place(fit, stack, rows, some, settings))
+    steps += [partial(_refine, stack, rows, level_px, settings, report) for level_px in finer]
+    return journal().loop("levels", coarse, steps)
+
+
+def _refine(
+    stack: Stack,
+    rows: NDArray[np.int64],
+    level_px: int,
+    settings: SubspaceSettings,
+    report: Callable[[str], None],
+    fit: Fit,
+) -> Fit:
+    """The same coordinates and their maps at a finer level, then some iterations there."""
+
+    def iteration(number: int, fit: Fit) -> Fit:
+        used = ~fit.posterior.is_noise
+        fit.known = iterate(fit.level, fit.known, used, settings, warm=number > 0)
+        _tell(fit, summary(level_px, number, fit.known, stack.box_size_px), report)
+        return fit
+
+    used = ~fit.posterior.is_noise
+    fit.level = journal().once(
+        "mean map", lambda: start_level(stack, rows, level_px, used, fit.known.poses, settings)
+    )
+    steps = [partial(iteration, number) for number in range(settings.fine_iterations)]
+    return journal().loop("iterations", fit, steps)
 
 
 def _coarse_fit(
@@ -124,13 +144,15 @@ def _coarse_fit(
         rows, stack.particles.particle_id[rows], settings.held_out_fraction, settings.seed
     )
     held_out = torch.from_numpy(np.isin(rows, kept_out))
-    start = start_level(stack, rows, level_px, ~held_out, None, settings)
-    fit, evidence = _coarse_run(start, None, held_out, settings, stack.box_size_px, report)
+    start = journal().once("mean map", lambda: start_level(stack, rows, level_px, ~held_out, None, settings))
+
+    def run(poses: PoseOffsets | None) -> tuple[Fit, Tensor]:
+        return _coarse_run(start, poses, held_out, settings, stack.box_size_px, report)
+
+    fit, evidence = journal().once("poses as they are", lambda: run(None))
     if settings.pose_offsets and bool(held_out.any()):
         report("once more, with poses that may be off")
-        other, with_offsets = _coarse_run(
-            start, PoseOffsets.start(n), held_out, settings, stack.box_size_px, report
-        )
+        other, with_offsets = journal().once("poses that may be off", lambda: run(PoseOffsets.start(n)))
         gain = with_offsets - evidence
         mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
         sure = mean > SURE_ABOVE_SE * error
@@ -162,12 +184,16 @@ def _coarse_run(
         level=replace(start),
         iterations=_planned_iterations(box_size_px, settings),
     )
-    for iteration in range(settings.als_iterations + settings.coarse_iterations):
-        als = iteration < settings.als_iterations
+
+    def iteration(number: int, fit: Fit) -> Fit:
+        als, warm = number < settings.als_iterations, number > settings.als_iterations
         learnt = ~fit.posterior.is_noise & ~held_out
-        warm = iteration > settings.als_iterations
         fit.known = iterate(fit.level, fit.known, learnt, settings, warm=warm, points_only=als)
-        _tell(fit, summary(start.images.level_px, iteration, fit.known, box_size_px), report)
+        _tell(fit, summary(start.images.level_px, number, fit.known, box_size_px), report)
+        return fit
+
+    numbers = range(settings.als_iterations + settings.coarse_iterations)
+    fit = journal().loop("iterations", fit, [partial(iteration, number) for number in numbers])
     products, _ = look(fit.level, fit.known.poses, settings)
     coefficients, spread = start.images.coefficients, fit.known.scale_spread
     fit.supported, fit.gains = supported_components(products, coefficients, spread, held_out)
@@ -180,19 +206,26 @@ def _coarse_run(
 
 def _place(
     fit: Fit, stack: Stack, rows: NDArray[np.int64], some: NDArray[np.int64], settings: SubspaceSettings
-) -> None:
+) -> Fit:
     """Where all rows lie, from maps that some of them made."""
-    known = fit.known
     images = level_images(stack, rows, fit.level.images.level_px, settings)
     level = replace(fit.level, images=images)
-    poses = None if known.poses is None else known.poses.among(len(rows), some)
-    for _ in range(1 if poses is None else PLACING_ROUNDS):
+
+    def look_once(known: Known) -> Known:
+        poses = known.poses
         level.images = images.posed(poses)
         products, answer = look(level, poses, settings)
         where = posterior(products, images.coefficients, known.scale_spread)
         if poses is not None and answer is not None:
             poses = poses.answered(answer, where.z)
-    fit.known, fit.level = replace(known, posterior=where, poses=poses), level
+        return replace(known, posterior=where, poses=poses)
+
+    poses = fit.known.poses
+    rounds = 1 if poses is None else PLACING_ROUNDS
+    known = replace(fit.known, poses=None if poses is None else poses.among(len(rows), some))
+    known = journal().loop("rounds", known, [look_once] * rounds)
+    level.images = images.posed(known.poses)
+    return replace(fit, known=known, level=level)
 
 
 def supported_components(

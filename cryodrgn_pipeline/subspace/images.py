@@ -54,7 +54,7 @@ class LevelImages:
         white: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.stack, self.rows, self.level_px = stack, rows, level_px
+        self.stack, self.rows, self.level_px, self.white = stack, rows, level_px, white
         plane = level_plane(stack.box_size_px, level_px)
         weight, self.groups = noise_precision(stack.noise, plane, white=white)
         self.plane, self.weight = plane.to(device), weight.to(device)
@@ -76,21 +76,27 @@ class LevelImages:
         """How many real numbers of an image are seen."""
         return 2 * len(self.plane) - 1
 
-    def chunks(self) -> Iterator[tuple[slice, FourierImages]]:
-        """The images in chunks, their poses corrected: their place in `rows`, and their data."""
-        for part, images in self._as_given():
+    def chunks(self, first: int = 0) -> Iterator[tuple[slice, FourierImages]]:
+        """The images in chunks, their poses corrected: their place in `rows`, and their data.
+
+        Parameters
+        ----------
+        first
+            How many images to leave out: those of so many chunks.
+        """
+        for part, images in self._as_given(first):
             yield part, images if self.poses is None else self.poses.applied(images, part)
 
-    def _as_given(self) -> Iterator[tuple[slice, FourierImages]]:
+    def _as_given(self, first: int) -> Iterator[tuple[slice, FourierImages]]:
         if self._kept:
-            yield from self._kept
+            yield from (chunk for chunk in self._kept if chunk[0].start >= first)
             return
-        kept = []
-        for part, images in stream(self.stack, self.rows, self.plane, self.groups):
-            if self._keep:
+        kept, keep = [], self._keep and first == 0
+        for part, images in stream(self.stack, self.rows, self.plane, self.groups, first=first):
+            if keep:
                 kept.append((part, images))
             yield part, images
-        if self._keep:
+        if keep:
             self._kept.extend(kept)  # the list is shared with `posed` copies
 
 

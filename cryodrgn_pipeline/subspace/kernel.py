@@ -24,6 +24,7 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen, seen_of
 from cryodrgn_pipeline.subspace.em import SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.maps import maps_of, regressed_maps
 from cryodrgn_pipeline.subspace.memory import affordable
 from cryodrgn_pipeline.subspace.placing import kept_subspace
@@ -80,11 +81,17 @@ def kernel_model(
     variance = where.covariance.diagonal(dim1=1, dim2=2)
     functions = _functions(where.z, variance, chosen, sample, MAPS)
     weights, shares = functions.at(where.z), torch.cat([torch.ones(1).double(), PRIOR * functions.share])
-    fit.level.maps = maps_of(fit.level, fit, weights, shares, exact, settings)
-    seen = seen_of(fit.level, fit.known.poses, where, settings)
+    fit.level.maps = journal().once(
+        "maps of functions", lambda: maps_of(fit.level, fit, weights, shares, exact, settings)
+    )
     subspace = kept_subspace(stack, rows, fit, placing, fit.level.maps)
     axes = _axes(placing, where.z[sample], latent_dim)
-    latents = placed(seen, where.z, functions, axes, own=chosen)
+
+    def places() -> KernelLatents:
+        seen = seen_of(fit.level, fit.known.poses, where, settings)
+        return placed(seen, where.z, functions, axes, own=chosen)
+
+    latents = journal().once("places", places)
     report(
         f"{len(functions)} functions of the place in the subspace: loss {float(latents.loss.mean()):.4f}, "
         f"log evidence {float(latents.evidence.mean()):.2f} an image"
@@ -97,7 +104,9 @@ def kernel_model(
         maps = regressed_maps(stack, rows, fit, weights[:, first], shares[first], iterations, settings)
     drawn = _functions(latents.z, latents.covariance.diagonal(dim1=1, dim2=2), chosen, sample, DRAWN)
     known = latents.factors[sample, : len(maps)]
-    turn = torch.linalg.lstsq(drawn.at(latents.z[sample]), known).solution
+    at = drawn.at(latents.z[sample])
+    # lstsq does not repeat its last bits from run to run
+    turn = torch.linalg.pinv(at.T @ at, hermitian=True) @ (at.T @ known)
     model = KernelModel(
         maps=maps,
         functions=drawn,

@@ -21,6 +21,7 @@ from cryodrgn_pipeline.subspace.em import (
     start_level,
 )
 from cryodrgn_pipeline.subspace.fit import Fit
+from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.memory import BUDGET_BYTES, affordable, required_bytes
 from cryodrgn_pipeline.subspace.solve import solve
 
@@ -109,8 +110,11 @@ def regressed_maps(
     """
     d, used = stack.box_size_px, ~fit.posterior.is_noise
     if fit.level.lattice.box_size_px != d:
-        fit.level = start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0)
-    return maps_of(fit.level, fit, weights, shares, iterations, settings)
+        fit.level = journal().once(
+            "mean map",
+            lambda: start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0),
+        )
+    return journal().once("maps", lambda: maps_of(fit.level, fit, weights, shares, iterations, settings))
 
 
 def maps_of(

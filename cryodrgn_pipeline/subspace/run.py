@@ -24,13 +24,16 @@ from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration, recorded
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
-from cryodrgn_pipeline.subspace.em import SubspaceSettings
+from cryodrgn_pipeline.subspace.em import Known, LevelState, SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace, metric_rows
+from cryodrgn_pipeline.subspace.journal import Journal, keeping
 from cryodrgn_pipeline.subspace.kernel import KernelLatents, kernel_model
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.subspace.placing import kept_subspace
+from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior
-from cryodrgn_pipeline.training.state import MANIFEST, finished, only_writer
+from cryodrgn_pipeline.subspace.sums import InnerProducts
+from cryodrgn_pipeline.training.state import MANIFEST, CheckpointFolder, StopRequest, finished, only_writer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class SubspaceRequest:
 
     `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
     `held_out_fraction` of the particles only measure that network. `half_set`: the rows are of this half set
-    (0 or 1), and noise is taken from its images alone.
+    (0 or 1), and noise is taken from its images alone. At most `checkpoint_every_minutes` of work are lost by
+    an interruption; `resume`: go on from its checkpoints.
     """
 
     stack: Path
@@ -57,6 +61,8 @@ class SubspaceRequest:
     threads: int | None = None
     device: str = "cpu"
     half_set: int | None = None
+    checkpoint_every_minutes: float = 15.0
+    resume: bool = True
 
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
@@ -100,12 +106,14 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.half_set is not None:
         described["noise_of_half_set"] = request.half_set
     fingerprint, run = digest(described), request.run
-    with only_writer(run):
+    with only_writer(run), StopRequest().listening() as stop:
         if finished(run, fingerprint):
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
         (run / MANIFEST).unlink(missing_ok=True)
-        with recorded(run):
+        folder = CheckpointFolder(run, fingerprint)
+        folder.open(resume=request.resume)
+        with recorded(run), keeping(journal_of(request, stack, folder, stop)):
             fit, learnt = learn(request, stack, rows)
             seconds = time.monotonic() - started
             manifest = environment() | {
@@ -119,7 +127,22 @@ def train_subspace(request: SubspaceRequest) -> None:
                 "wall_seconds": seconds,
             }
             write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
+        folder.close()
     log.info("learnt in %s: %s", duration(time.monotonic() - started), run)
+
+
+def journal_of(
+    request: SubspaceRequest, stack: Stack, folder: CheckpointFolder, stop: StopRequest
+) -> Journal:
+    """What a run keeps of its steps while it learns."""
+    return Journal(
+        folder.journal,
+        stack,
+        (Fit, LevelState, Known, Posterior, PoseOffsets, InnerProducts, PoseAnswer, Seen, KernelLatents),
+        every_minutes=request.checkpoint_every_minutes,
+        stop=stop,
+        device=request.device,
+    )
 
 
 def learn(request: SubspaceRequest, stack: Stack, rows: NDArray[np.int64]) -> tuple[Fit, Learnt]:

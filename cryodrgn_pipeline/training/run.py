@@ -28,7 +28,8 @@ from cryodrgn_pipeline.models.vae import Vae, VaeConfig
 from cryodrgn_pipeline.progress import duration, recorded
 from cryodrgn_pipeline.ranks import Ranks, joined
 from cryodrgn_pipeline.stack import Stack, stack_rows
-from cryodrgn_pipeline.subspace.run import SubspaceRequest
+from cryodrgn_pipeline.subspace.journal import keeping
+from cryodrgn_pipeline.subspace.run import SubspaceRequest, journal_of
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.grey import grey_reference
 from cryodrgn_pipeline.training.loop import Network, Trainer
@@ -109,9 +110,10 @@ def _train(
     from_subspace = request.model.encoder == "subspace" or request.model.decoder == "basis"
     if ranks.leads and from_subspace:
         start = Start.load(folder.path, fingerprint)
-        start = start or learn_start(
-            _of_subspace(request), stack, rows, request.model, fingerprint, folder.path
-        )
+        if start is None:
+            subspace = _of_subspace(request)
+            with keeping(journal_of(subspace, stack, folder, stop)):
+                start = learn_start(subspace, stack, rows, request.model, fingerprint, folder.path)
     resuming, started_from = ranks.largest(state is not None, start is not None)
     if not ranks.leads:  # rank 0 has put in order what the others read
         state = load_state(folder.state_file) if resuming else None
@@ -200,6 +202,7 @@ def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
         held_out_fraction=settings.held_out_fraction,
         seed=settings.seed,
         threads=settings.threads,
+        checkpoint_every_minutes=settings.checkpoint_every_minutes,
         device=choose_device(settings.device).type,
     )
 

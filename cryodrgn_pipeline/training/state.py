@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,16 +38,21 @@ class CheckpointFolder:
         """The resume state."""
         return self.path / "state.pt"
 
-    def open(self, *, resume: bool, epochs: int) -> dict[str, Any] | None:
-        """The state to go on from, or None to start over; makes the folder ready for writing."""
+    @property
+    def journal(self) -> Path:
+        """What a subspace keeps of its steps."""
+        return self.path / "journal"
+
+    def open(self, *, resume: bool, epochs: int = 0) -> dict[str, Any] | None:
+        """The state to go on from, or None where there is none; makes the folder ready for writing."""
         state = None
-        if self.state_file.exists():
+        if self.state_file.exists() or self.journal.exists():
             same = self._stored_fingerprint() == self.fingerprint
             if not resume:
                 self._move_aside("starting over (--resume was not given)")
             elif not same:
                 self._move_aside("the images, the subset or the settings have changed: starting over")
-            else:
+            elif self.state_file.exists():
                 state = load_state(self.state_file)
                 if state["epoch"] > epochs:
                     self._move_aside(
@@ -61,6 +66,12 @@ class CheckpointFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Write the resume state, atomically."""
         save_state(self.state_file, state)
+
+    def close(self) -> None:
+        """Remove the folder of a run that is whole and needs no checkpoints any more."""
+        (self.path / "fingerprint.json").unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            self.path.rmdir()
 
     def _stored_fingerprint(self) -> str | None:
         try:
