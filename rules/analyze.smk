@@ -15,6 +15,8 @@ rule analyze_latent:
     resources:
         mem_mb=mem_mb_for("analyze"),
         runtime=runtime_for("analyze"),
+        disk_mb=disk_mb_for("analyze"),
+        gpu=gpus_for("analyze"),
     params:
         run=subpath(input.latent, parent=True),
         options=analyze_options,

@@ -6,10 +6,22 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+try:
+    from cryodrgn_pipeline.config.models import Config
+except ModuleNotFoundError:
+    # Snakemake of another environment: the package lies beside the rules
+    rules_folder = Path(str(workflow.current_basedir))
+    sys.path += [str(rules_folder.parent), str(rules_folder.parents[2])]
+    from cryodrgn_pipeline.config.models import Config
+from cryodrgn_pipeline.planning.jobs import Plan
+
 # The command line that belongs to this Snakemake, also when its environment is not activated.
 os.environ.update(
     PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
 )
+
+
+plan = Plan(Config.model_validate(config), Path(workflow.pathvars.apply("<results>")))
 
 
 def dataset_of(wildcards):
@@ -103,22 +115,34 @@ def threads_for(step):
     return config["resources"][step]["threads"]
 
 
-def mem_mb_for(step):
+def gpus_for(step):
+    return config["resources"][step].get("gpus", 0)
+
+
+def asked(task, wildcards, attempt=1):
+    """What a job asks for, from particles, box and settings; what `resources` says in numbers counts."""
+    return plan.job(task, dict(wildcards.items()), attempt)
+
+
+def mem_mb_for(task):
     def mem_mb(wildcards, attempt):
-        return config["resources"][step]["mem_mb"] * 2 ** (attempt - 1)
+        return asked(task, wildcards, attempt).mem_mb
 
     return mem_mb
 
 
-def runtime_for(step):
+def runtime_for(task):
     def runtime(wildcards, attempt):
-        return config["resources"][step]["runtime_min"] * 2 ** (attempt - 1)
+        return asked(task, wildcards, attempt).runtime_min
 
     return runtime
 
 
-def gpus_for(step):
-    return config["resources"][step]["gpus"]
+def disk_mb_for(task):
+    def disk_mb(wildcards):
+        return asked(task, wildcards).disk_mb
+
+    return disk_mb
 
 
 def nodes_for(step):
@@ -337,18 +361,7 @@ def analyze_options(wildcards):
 
 def series_of(wildcards):
     """The volume series that a run asks for: cluster centres, components, paths."""
-    given = settings("volumes", run_of(wildcards))
-    components = min(
-        given["principal_components"],
-        settings("analyze", run_of(wildcards))["principal_components"],
-        settings("train", run_of(wildcards))["latent_dim"],
-    )
-    return [
-        *(["centers"] if given["centers"] else []),
-        *(f"pc{number}" for number in range(1, components + 1)),
-        *(["direct"] if given["direct_path"] else []),
-        *(["graph"] if given["graph_path"] else []),
-    ]
+    return plan.series(wildcards.dataset, wildcards.run)
 
 
 def latent_points(wildcards, input):

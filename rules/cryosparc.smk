@@ -12,10 +12,12 @@ rule read_cryosparc:
     localrule: True
     conda:
         cryosparc_environment()
-    threads: 1
+    threads: threads_for("cryosparc")
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=mem_mb_for("fetch"),
+        runtime=runtime_for("fetch"),
+        disk_mb=disk_mb_for("fetch"),
+        gpu=gpus_for("cryosparc"),
     params:
         executable=config["cryosparc"]["executable"],
         folder=subpath(output.particles, parent=True),
@@ -43,10 +45,12 @@ rule push_cryosparc:
     localrule: True
     conda:
         cryosparc_environment()
-    threads: 1
+    threads: threads_for("cryosparc")
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=mem_mb_for("push"),
+        runtime=runtime_for("push"),
+        disk_mb=disk_mb_for("push"),
+        gpu=gpus_for("cryosparc"),
     params:
         executable=config["cryosparc"]["executable"],
         run=subpath(input.latent, parent=True),

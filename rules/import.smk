@@ -15,6 +15,8 @@ rule import_particles:
     resources:
         mem_mb=mem_mb_for("import"),
         runtime=runtime_for("import"),
+        disk_mb=disk_mb_for("import"),
+        gpu=gpus_for("import"),
     params:
         folder=subpath(output.particles, parent=True),
         passthrough=passthrough_options,

@@ -17,6 +17,8 @@ rule preprocess_images:
     resources:
         mem_mb=mem_mb_for("preprocess"),
         runtime=runtime_for("preprocess"),
+        disk_mb=disk_mb_for("preprocess"),
+        gpu=gpus_for("preprocess"),
     params:
         source=subpath(input.particles, parent=True),
         folder=subpath(output.manifest, parent=True),
@@ -49,6 +51,8 @@ rule reconstruct_consensus:
     resources:
         mem_mb=mem_mb_for("consensus"),
         runtime=runtime_for("consensus"),
+        disk_mb=disk_mb_for("consensus"),
+        gpu=gpus_for("consensus"),
     params:
         stack=subpath(input.stack, parent=True),
         folder=subpath(output.summary, parent=True),

@@ -34,6 +34,8 @@ rule write_report:
     resources:
         mem_mb=mem_mb_for("report"),
         runtime=runtime_for("report"),
+        disk_mb=disk_mb_for("report"),
+        gpu=gpus_for("report"),
     params:
         run=subpath(input.manifest, parent=True),
         source=subpath(input.source, parent=True),

@@ -12,8 +12,10 @@ rule select_subset:
         "../workflows/envs/cryodrgn-pipeline.yaml"
     threads: threads_for("subset")
     resources:
-        mem_mb=mem_mb_for("subset"),
-        runtime=runtime_for("subset"),
+        mem_mb=mem_mb_for("select"),
+        runtime=runtime_for("select"),
+        disk_mb=disk_mb_for("select"),
+        gpu=gpus_for("subset"),
     params:
         run=subpath(input.latent, parent=True),
         options=select_options,
@@ -39,8 +41,10 @@ rule export_particles:
         "../workflows/envs/cryodrgn-pipeline.yaml"
     threads: threads_for("subset")
     resources:
-        mem_mb=mem_mb_for("subset"),
-        runtime=runtime_for("subset"),
+        mem_mb=mem_mb_for("export"),
+        runtime=runtime_for("export"),
+        disk_mb=disk_mb_for("export"),
+        gpu=gpus_for("subset"),
     params:
         source=subpath(input.particles, parent=True),
     message:

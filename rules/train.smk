@@ -21,6 +21,7 @@ rule train_model:
         **nodes_for("train"),
         mem_mb=mem_mb_for("train"),
         runtime=runtime_for("train"),
+        disk_mb=disk_mb_for("train"),
     params:
         stack=subpath(input.stack, parent=True),
         folder=subpath(output.manifest, parent=True),

@@ -15,6 +15,7 @@ rule decode_volumes:
     resources:
         mem_mb=mem_mb_for("volumes"),
         runtime=runtime_for("volumes"),
+        disk_mb=disk_mb_for("volumes"),
         gpu=gpus_for("volumes"),
     params:
         run=subpath(input.model, parent=True),

@@ -1,4 +1,4 @@
-"""The verbs of this part of the command line: init, run, demo."""
+"""The verbs of this part of the command line: init, run, plan, demo."""
 
 from __future__ import annotations
 
@@ -82,6 +82,33 @@ def run_verb(
     from cryodrgn_pipeline.workflow import run_workflow
 
     raise typer.Exit(run_workflow(configfile, cores=cores, profile=profile, extra=context.args))
+
+
+@app.command("plan", rich_help_panel=WORKFLOW)
+def plan_verb(
+    configfile: Annotated[Path, typer.Option(help="What to plan.")] = Path("config.yaml"),
+    directory: Annotated[
+        Path, typer.Option(help="Folder the workflow will run in; relative paths start there.")
+    ] = Path(),
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Print what a workflow will need before it starts: memory, time, disk and GPUs of every job.
+
+    Memory, time and disk are what jobs ask a cluster for; `expected` is the time without its margin.
+    Nothing is run, nothing written.
+
+    Example: cryodrgn-pipeline plan --configfile config.yaml
+    """
+    import json
+
+    from cryodrgn_pipeline.planning.table import plan_workflow
+
+    planned = plan_workflow(configfile, directory)
+    if json_:
+        typer.echo(json.dumps(planned.as_json(), indent=1))
+        return
+    for line in planned.lines():
+        typer.echo(line)
 
 
 @app.command("demo", rich_help_panel=WORKFLOW)

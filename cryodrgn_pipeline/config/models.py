@@ -14,6 +14,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 PathText = Annotated[str, Field(min_length=1)]
 CryosparcId = Annotated[str, Field(pattern=CRYOSPARC_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -187,8 +188,9 @@ class StepResources(Section):
     """What one job of a step asks for; memory and time double with each retry."""
 
     threads: Count = Field(1, description="cores; fewer when --cores allows fewer")
-    mem_mb: Count = Field(8000, description="memory in MB")
-    runtime_min: Count = Field(60, description="wall time in minutes")
+    mem_mb: Auto | Count = Field("auto", description="memory in MB; auto = by particles, box and settings")
+    runtime_min: Auto | Count = Field("auto", description="wall time in minutes; auto = as for mem_mb")
+    disk_mb: Auto | Count = Field("auto", description="disk in MB that is written; auto = as for mem_mb")
 
 
 class GpuResources(StepResources):
@@ -205,16 +207,17 @@ class TrainingResources(GpuResources):
 
 
 class Resources(Section):
-    """Threads, memory in MB, minutes and GPUs per step, for clusters; cores are capped by --cores."""
+    """What a job of each step asks a cluster for; auto: `cryodrgn-pipeline plan` shows what that gives."""
 
     import_: StepResources = Field(StepResources(), alias="import")
-    preprocess: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
-    consensus: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=240)
-    subset: StepResources = StepResources(mem_mb=4000, runtime_min=20)
-    train: TrainingResources = TrainingResources(threads=8, mem_mb=32000, runtime_min=1440)
-    analyze: StepResources = StepResources(threads=4, mem_mb=16000, runtime_min=120)
-    volumes: GpuResources = GpuResources(threads=4, mem_mb=16000, runtime_min=120)
-    report: StepResources = StepResources(mem_mb=8000, runtime_min=60)
+    preprocess: StepResources = StepResources(threads=4)
+    consensus: StepResources = StepResources(threads=4)
+    subset: StepResources = StepResources()
+    train: TrainingResources = TrainingResources(threads=8)
+    analyze: StepResources = StepResources(threads=4)
+    volumes: GpuResources = GpuResources(threads=4)
+    report: StepResources = StepResources()
+    cryosparc: StepResources = StepResources()
 
 
 class Subset(Section):

@@ -46,7 +46,7 @@ def load_dataset(path: Path) -> Any:
         raise InputFormatError(f"{path}: not a .cs file (it starts with {magic!r})")
     try:
         if magic == CSDAT_MAGIC:
-            _refuse_truncated_csdat(path, Dataset.inspect(path))
+            refuse_truncated_csdat(path, Dataset.inspect(path))
         dataset = Dataset.load(path)
     except DatasetLoadError as error:
         raise InputFormatError(
@@ -57,8 +57,14 @@ def load_dataset(path: Path) -> Any:
     return dataset
 
 
-def _refuse_truncated_csdat(path: Path, header: Any) -> None:
-    """Walk over the columns' lengths: cryosparc-tools 5.0.3 crashes, or cuts strings, on a truncated file."""
+def refuse_truncated_csdat(path: Path, header: Any) -> None:
+    """Walk over the columns' lengths: cryosparc-tools 5.0.3 crashes, or cuts strings, on a truncated file.
+
+    Raises
+    ------
+    InputFormatError
+        If the file ends before a column does; `header` is what `Dataset.inspect` says.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(len(CSDAT_MAGIC))

@@ -32,14 +32,13 @@ from cryodrgn_pipeline.subspace.em import (
     start_level,
 )
 from cryodrgn_pipeline.subspace.journal import journal
+from cryodrgn_pipeline.subspace.levels import levels_of
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.sums import InnerProducts
 
 log = logging.getLogger(__name__)
 
-COARSEST_PX = 16
-FINEST_PX = 64  # coordinates are learnt up to here; finer maps are made with what they then are
 COARSE_IMAGES = 50_000  # enough to find the subspace at the coarsest level
 PLACING_ROUNDS = 2  # passes that place the other images, where poses are off
 FIRST_SCALE_SPREAD = 0.1
@@ -68,12 +67,6 @@ class Fit:
     def posterior(self) -> Posterior:
         """Where the images lie."""
         return self.known.posterior
-
-
-def levels_of(box_size_px: int) -> list[int]:
-    """Boxes from coarse to fine: 16, 32, 64 as far as they are below D, then D or 64."""
-    finest = min(box_size_px, FINEST_PX)
-    return [d for d in (COARSEST_PX, 2 * COARSEST_PX) if d < finest] + [finest]
 
 
 def _planned_iterations(box_size_px: int, settings: SubspaceSettings) -> int:

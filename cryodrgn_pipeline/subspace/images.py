@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane
 from cryodrgn_pipeline.fourier_images import SMALLEST_NOISE, FourierImages, stream
+from cryodrgn_pipeline.subspace.memory import KEPT_BYTES, coefficient_bytes
 
 if TYPE_CHECKING:
     from cryodrgn_pipeline.stack import Stack
     from cryodrgn_pipeline.subspace.poses import PoseOffsets
 
-KEPT_BYTES = 2 * 2**30
 KEPT_SHARE = 0.25  # of a GPU's memory
 
 
@@ -60,7 +60,7 @@ class LevelImages:
         self.plane, self.weight = plane.to(device), weight.to(device)
         self.poses: PoseOffsets | None = None
         self._kept: list[tuple[slice, FourierImages]] = []
-        self._keep = len(rows) * len(plane) * 12 <= kept_bytes(torch.device(device))
+        self._keep = len(rows) * coefficient_bytes(len(plane)) <= kept_bytes(torch.device(device))
 
     def __len__(self) -> int:
         return len(self.rows)

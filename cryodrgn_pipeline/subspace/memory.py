@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from cryodrgn_pipeline.fourier.sizes import half_grid_points
+from cryodrgn_pipeline.fourier.sizes import half_grid_points, half_plane_points
+from cryodrgn_pipeline.subspace.levels import levels_of
 
 BUDGET_BYTES = 8 * 2**30
+KEPT_BYTES = 2 * 2**30  # of images, where all fit; else they stream from the stack
+STREAMED_BYTES = 4 * 32 * 2**20  # chunks of images in work: read, transformed, looked at
+POSTERIOR_COPIES = 6  # of K² float64 an image: posteriors, second moments, inner products
+
+
+def learning_bytes(particles: int, box_size_px: int, maps: int, tried: int) -> int:
+    """Memory of learning from N particles, beside that of the program.
+
+    Parameters
+    ----------
+    maps, tried
+        Maps of the final model before `affordable` leaves some out, and maps that coordinates are learnt
+        with, means included.
+    """
+    levels = levels_of(box_size_px)
+    most, iterations = affordable(box_size_px, maps - 1, 5)
+    solving = max(
+        required_bytes(levels[-1], max(maps, tried), 5), required_bytes(box_size_px, 1 + most, iterations)
+    )
+    images = max(_image_bytes(particles, level) for level in (*levels, box_size_px))
+    return solving + images + POSTERIOR_COPIES * 8 * particles * max(maps, tried) ** 2
+
+
+def _image_bytes(particles: int, level_px: int) -> int:
+    kept = particles * coefficient_bytes(half_plane_points(level_px))
+    return STREAMED_BYTES + (kept if kept <= KEPT_BYTES else 0)
+
+
+def coefficient_bytes(points: int) -> int:
+    """Memory of P coefficients of an image and its CTF."""
+    return 12 * points
 
 
 def affordable(box_size_px: int, maps: int, iterations: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import coefficients_at, in_plane_angle, turned_half_plane
 from cryodrgn_pipeline.fourier.transforms import half_plane_coefficients
+from cryodrgn_pipeline.io.memory import available_bytes
 from cryodrgn_pipeline.models.vae import VaeConfig
 from cryodrgn_pipeline.progress import progress
 from cryodrgn_pipeline.ranks import ALONE, Ranks
@@ -108,7 +108,7 @@ class TrainingData:
         self._width = len(plane) + (len(encoder_plane) if self._aligned else 0)
         needed = 8 * self._width * len(rows)
         if in_memory is None:
-            in_memory = copies * needed < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            in_memory = copies * needed < 0.5 * available_bytes()
         log.info(
             "%d images of %d px %s (%.2f GB of coefficients)",
             len(rows),

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryodrgn_pipeline.models.vae import GreyReference
-from cryodrgn_pipeline.subspace.fit import FINEST_PX
 from cryodrgn_pipeline.subspace.images import LevelImages
+from cryodrgn_pipeline.subspace.levels import FINEST_PX
 from cryodrgn_pipeline.subspace.solve import Lattice
 from cryodrgn_pipeline.subspace.sums import inner_products
 
