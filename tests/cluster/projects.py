@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from slurm_cluster import kill_tree
 
 RUN = "results/mine/all/vae"
+TRAINED = f"{RUN}/run.json"  # written last by the training
 SMALL: dict[str, Any] = {
     "preprocess": {"box_size_px": 16},
     "train": {
@@ -19,6 +26,7 @@ SMALL: dict[str, Any] = {
         "decoder": "mlp",
         "latent_dim": 2,
         "epochs": 2,
+        "checkpoint_every_epochs": 10,
         "encoder_layers": 1,
         "decoder_layers": 1,
         "encoder_width": 16,
@@ -31,6 +39,28 @@ SMALL: dict[str, Any] = {
     },
 }
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A `run` on the login node: its process, and the file of what it says."""
+
+    process: subprocess.Popen[bytes]
+    said: Path
+
+    @property
+    def output(self) -> str:
+        """What it has said so far, stdout and stderr."""
+        return self.said.read_text(encoding="utf-8")
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self.process.returncode
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self.process.wait()
 
 
 class Project:
@@ -72,6 +102,37 @@ class Project:
         """The folder of the one training."""
         return self.folder / RUN
 
+    @property
+    def log(self) -> str:
+        """What the training has said in its last attempt; nothing before it started."""
+        path = self.folder / "logs" / "mine" / "all" / "vae" / "train.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch that the training's last attempt has ended."""
+        said = re.findall(r"INFO epoch (\d+) of", self.log)
+        return int(said[-1]) if said else 0
+
+    @property
+    def resumed_after(self) -> int | None:
+        """The epochs that the training's last attempt found in its checkpoint; None where it began anew."""
+        said = re.search(r"resuming after (\d+) epochs", self.log)
+        return int(said[1]) if said else None
+
+    def provide(self, imported: Path, stack: Path, consensus: Path) -> None:
+        """Put the results of the steps before training in place, so that training is what is left to do."""
+        for source, name in ((imported, "import"), (stack, "stack_16"), (consensus, "consensus_16")):
+            shutil.copytree(source, self.folder / "results" / "mine" / name)
+
+    def untrained_copy(self, folder: Path) -> Project:
+        """The project as it was before its training, in another folder."""
+        other = copy.copy(self)
+        other.folder = folder
+        shutil.copytree(self.folder, folder)
+        shutil.rmtree(other.run_folder)
+        return other
+
     def configure(self, particles: Path, settings: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         content: dict[str, Any] = {"datasets": {"mine": {"particles": str(particles)}}}
@@ -86,23 +147,25 @@ class Project:
             raise RuntimeError(f"{words}: {done.stdout}{done.stderr}")
         return done
 
-    def on_cluster(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """`run --profile slurm` to its end; stdout and stderr together in `stdout`."""
+    def on_cluster(self, *words: str) -> Head:
+        """`run --profile slurm` to its end."""
         with self.started(*words) as head:
-            shown, _ = head.communicate()
-        return subprocess.CompletedProcess(head.args, head.returncode, shown, "")
+            head.wait()
+        return head
 
-    def started(self, *words: str) -> subprocess.Popen[str]:
-        """`run --profile slurm` as a process; it asks for jobs' states often, for short tests."""
-        often = ("--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "10")
+    @contextmanager
+    def started(self, *words: str) -> Iterator[Head]:
+        """`run --profile slurm` as a process, killed if the block ends before it."""
+        often = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
         call = self._call(("run", "--profile", "slurm", *often, *words))
-        return subprocess.Popen(
-            **call,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        said = self.folder / "head.log"
+        with said.open("w", encoding="utf-8") as out:
+            process = subprocess.Popen(**call, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield Head(process, said)
+        finally:
+            kill_tree(process.pid)
+            process.wait()
 
     def _call(self, words: tuple[str, ...]) -> dict[str, Any]:
         command = [sys.executable, "-m", "cryodrgn_pipeline", *words]

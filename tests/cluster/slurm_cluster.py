@@ -119,6 +119,8 @@ class SlurmCluster:
         Start MariaDB and slurmdbd too, so that sacct answers; the user is in account `lab`.
     preemption
         Jobs of partition `high` push those of `gpu` and `cpu` back into the queue.
+    patience_s
+        How long to wait for another test run's cluster to go: a machine has one at a time.
     """
 
     def __init__(
@@ -129,10 +131,12 @@ class SlurmCluster:
         cpus: int = 4,
         accounting: bool = False,
         preemption: bool = False,
+        patience_s: float = 1200,
     ) -> None:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.gpus, self.cpus = gpus, cpus
         self.accounting, self.preemption = accounting, preemption
+        self.patience_s = patience_s
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
 
@@ -180,7 +184,9 @@ class SlurmCluster:
 
     def lose_node(self, node: str) -> None:
         """What a power cut does: the node's slurmd and all that runs on it are gone at once."""
-        self._daemons.pop(f"slurmd-{node}").kill()
+        daemon = self._daemons.pop(f"slurmd-{node}")
+        daemon.kill()
+        daemon.wait()
         lost = {job["JobId"] for job in self.active() if job.get("NodeList") == node}
         for process in psutil.process_iter(["pid", "cmdline"]):
             title = " ".join(process.info["cmdline"] or ())
@@ -202,7 +208,7 @@ class SlurmCluster:
     # ── Start and stop ──
 
     def _start(self) -> None:
-        self._stack.enter_context(_only_one())
+        self._stack.enter_context(_only_one(self.patience_s))
         _remove_leftovers()
         self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=ROOTS))
         self._stack.callback(shutil.rmtree, self.root, ignore_errors=True)
@@ -326,13 +332,18 @@ class SlurmCluster:
 
 
 @contextmanager
-def _only_one() -> Iterator[None]:
+def _only_one(patience_s: float) -> Iterator[None]:
     """Hold a name that the kernel gives to one process at a time and takes back at its end."""
     with socket.socket(socket.AF_UNIX) as lock:
-        try:
-            lock.bind(f"\0{PREFIX}lock")
-        except OSError:
-            raise RuntimeError("another test run has a Slurm up on this machine") from None
+
+        def taken() -> bool:
+            try:
+                lock.bind(f"\0{PREFIX}lock")
+            except OSError:
+                return False
+            return True
+
+        until(taken, "the end of another test run that has a Slurm up on this machine", patience_s)
         yield
 
 
@@ -377,7 +388,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort=17002
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/run/munge.sock
+# a requeued job waits as long as its credential is valid (seconds)
+AuthInfo=socket={root}/run/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmctldPidFile={root}/run/slurmctld.pid
@@ -386,7 +398,7 @@ SlurmdSpoolDir={root}/spool/%n
 SlurmdPidFile={root}/run/slurmd-%n.pid
 SlurmdLogFile={root}/log/slurmd-%n.log
 # no cgroups, no pinning: works in containers and virtual machines
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=5

@@ -65,7 +65,7 @@ def test_nothing_of_a_cluster_stays(slurm_programs: None) -> None:
         slurm_cluster.until(
             lambda: cluster.jobs_by_id()[sleeping]["JobState"] == "RUNNING", "the job running"
         )
-        with pytest.raises(RuntimeError, match="another test run"), SlurmCluster():
+        with pytest.raises(TimeoutError, match="another test run"), SlurmCluster(patience_s=0):
             pass
         assert cluster.jobs_by_id()[sleeping]["JobState"] == "RUNNING"
     assert not root.exists()

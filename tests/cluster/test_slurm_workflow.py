@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ class Ran:
     """A workflow that ran on a cluster."""
 
     project: Project
-    done: subprocess.CompletedProcess[str]
     jobs: list[Job]
     environments: dict[str, str]
 
@@ -45,14 +43,15 @@ def ran(cluster: SlurmCluster, tiny_set: Path, tmp_path_factory: pytest.TempPath
             "# precommand: module load cuda/12.8": f"precommand: {modules}",
             "# slurm-status-command: squeue": "slurm-status-command: squeue",
             "# slurm_partition: YOUR_PARTITION": "slurm_partition: cpu",
+            "# slurm_extra: \"'--exclude=node7'\"": "slurm_extra: \"'--nice=5'\"",
             "# set-resources:": "set-resources:",
             "#   train_model: {slurm_partition: YOUR_GPU_PARTITION}": "  train_model: {slurm_partition: gpu}",
         },
     )
-    done = project.on_cluster()
-    assert done.returncode == 0, done.stdout
+    head = project.on_cluster()
+    assert head.code == 0, head.output
     environments = dict(line.split(" ", 1) for line in seen.read_text(encoding="utf-8").splitlines())
-    return Ran(project, done, cluster.jobs(), environments)
+    return Ran(project, cluster.jobs(), environments)
 
 
 def the_job(ran: Ran, rule: str) -> Job:
@@ -96,6 +95,10 @@ def test_jobs_go_to_the_partitions_that_the_profile_names(ran: Ran) -> None:
     assert the_job(ran, "import_particles")["Partition"] == "cpu"
 
 
+def test_other_words_of_the_profile_reach_sbatch(ran: Ran) -> None:
+    assert {job["Nice"] for job in ran.jobs} == {"5"}
+
+
 def test_jobs_ask_for_the_memory_minutes_and_threads_of_the_configuration(ran: Ran) -> None:
     train = the_job(ran, "train_model")
     assert "mem=1000M" in train["TRES"]
@@ -110,6 +113,6 @@ def test_every_job_loads_the_modules_of_the_profile(ran: Ran) -> None:
 
 def test_a_second_run_submits_nothing(ran: Ran, cluster: SlurmCluster) -> None:
     again = ran.project.on_cluster()
-    assert again.returncode == 0, again.stdout
-    assert "Nothing to be done" in again.stdout
+    assert again.code == 0, again.output
+    assert "Nothing to be done" in again.output
     assert len(cluster.jobs()) == len(ran.jobs)
