@@ -28,6 +28,7 @@ from bench import HARD, SMALL
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
+from cryodrgn_pipeline.demo import DEMO_SIMULATION
 from cryodrgn_pipeline.evaluate import evaluate, latent_scores, read_truth, sample_points
 from cryodrgn_pipeline.fourier.density import half_ball
 from cryodrgn_pipeline.io.checkpoints import TrainedModel, load_model
@@ -43,12 +44,16 @@ SETS = {  # options of `simulate`, options of `preprocess`
     "hinge24": (SMALLER, ""),
     "masked24": (SMALLER, "--mask-radius-a 75"),
     "coloured24": (f"{SMALLER} --noise-colour 3", ""),
+    "demo": (" ".join(f"{option} {value}" for option, value in DEMO_SIMULATION.items()), ""),
 }
 NETWORK = "--encoder-width 256 --decoder-width 256 --coordinate-fraction 0.25 --encoder-mask-radius 0.5"
 RESIDUAL = f"--encoder subspace --decoder mlp {NETWORK} --epochs 10 --learning-rate 3e-4"
 IMAGE_BASIS = f"--encoder image --decoder basis {NETWORK} --epochs 40 --learning-rate 1e-3"
 MLP = "--encoder image --decoder mlp --encoder-width 128 --decoder-width 128 --coordinate-fraction 0.25"
 USUAL = f"{MLP} --encoder-mask-radius 0.7 --epochs 9 --learning-rate 1e-3"
+# batch, factor on the learning rate, epochs: batch 16 makes as many updates in 1 epoch as 64 in 4
+BATCHES = ((16, 1, 1), (16, 1, 4), (64, 1, 1), (64, 1, 4), (64, 2, 4), (64, 4, 4))
+BATCHES += ((256, 1, 4), (256, 4, 4), (256, 16, 4))
 ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes that are scored
     **{
         f"{name} {arm}": (name, options, 100)
@@ -75,6 +80,14 @@ ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes th
     "width 256": ("hinge24", f"{USUAL} --encoder-width 256 --decoder-width 256", 20),
     "width 1024": ("hinge24", f"{USUAL} --encoder-width 1024 --decoder-width 1024", 20),
     "hinge24 default": ("hinge24", "", 20),
+    **{
+        f"demo batch {batch}, rate x {rate}, {epochs} epochs": (
+            "demo",
+            f"{USUAL} --batch-size {batch} --learning-rate {rate * 1e-3:g} --epochs {epochs}",
+            20,
+        )
+        for batch, rate, epochs in BATCHES
+    },
 }
 
 

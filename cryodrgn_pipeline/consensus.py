@@ -21,6 +21,7 @@ from cryodrgn_pipeline.half_sets import half_sets
 from cryodrgn_pipeline.io.atomic import replacing, write_json
 from cryodrgn_pipeline.io.mrc import read_volume, write_volume
 from cryodrgn_pipeline.progress import duration, progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.reconstruct import (
     Backprojection,
     accumulate_stack,
@@ -92,7 +93,8 @@ def consensus(
     check: str = "stop",
     mask: Path | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
     """Reconstruct a stack's consensus map and check the conventions in force against the data.
 
     Writes map.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.parquet and consensus.json to the folder `output`.
@@ -109,10 +111,12 @@ def consensus(
         Soft mask for the FSC, resampled where its box is another; found in the map where not given.
     seed
         Deals the half sets where the source has none, and draws the check's subset.
+    ranks
+        Those that share the images; rank 0 alone checks the conventions, makes the maps and writes.
 
     Returns
     -------
-    The content of consensus.json.
+    The content of consensus.json, for rank 0.
 
     Raises
     ------
@@ -130,11 +134,14 @@ def consensus(
     of_reference = None if given is None else resample_volume(*given, d, p)
     of_mask = None if mask is None else _mask_on_grid(mask, d, p)
     tested = None
-    if check != "off":
+    if check != "off" and ranks.leads:
         tested = check_conventions(stack, reference=given, seed=seed)
     backprojecting = time.monotonic()
-    with progress("consensus", len(stack)) as advance:
-        sums = accumulate_stack(stack, np.arange(len(stack)), target, advance=advance)
+    rows = np.arange(len(stack))
+    with progress("consensus", len(rows[ranks.share(len(rows))])) as advance:
+        sums = accumulate_stack(stack, rows, target, advance=advance, ranks=ranks)
+    if not ranks.leads:
+        return None
     backprojected = time.monotonic()
     result = maps_from_sums(sums, of_mask, of_reference)
     content = _summary(stack, result, source, tested)

@@ -1,4 +1,4 @@
-"""The device that arithmetic runs on."""
+"""The device that arithmetic runs on, and the threads."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def choose_device(name: str) -> torch.device:
         asked = os.environ["LOCAL_WORLD_SIZE"]
         raise ConfigError(f"--processes {asked}: this node has {there} GPUs, and each process needs its own")
     return torch.device("cuda", local)
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads of the CPU (None: all), or this process's part of them under torchrun."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if threads is not None or here > 1:
+        torch.set_num_threads(max(1, (threads or torch.get_num_threads()) // here))

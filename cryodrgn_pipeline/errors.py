@@ -29,6 +29,12 @@ class TrainingError(CryodrgnPipelineError):
     """Training cannot go on: the loss is not a number, or a checkpoint does not fit."""
 
 
+class LostRankError(CryodrgnPipelineError):
+    """Another of the processes that compute together is gone; what that one says is the reason."""
+
+    exit_code = 4  # the process that started them looks for the one that ended otherwise
+
+
 class ExternalJobError(CryodrgnPipelineError):
     """A host program's job could not be read, filled or closed."""
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.errors import ConfigError, LostRankError
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,16 @@ def run_in_processes(processes: int, nodes: int) -> int:
         except SignalException as stopped:
             return 128 + int(stopped.sigval)
         except ChildFailedError as failed:
-            _, first = failed.get_first_failure()
+            by_time = sorted(failed.failures.values(), key=lambda one: one.timestamp)
+            first = next((one for one in by_time if one.exitcode != LostRankError.exit_code), by_time[0])
+            if first.exitcode == LostRankError.exit_code:
+                log.error("the processes on another node were lost")
+                return 1
             if first.exitcode > 0:  # it has said why
                 return int(first.exitcode)
             log.error(
-                "process %d of %d on this node was killed by signal %d%s; the others were stopped. With "
-                "--resume the same command goes on from the last checkpoint.",
+                "process %d of %d on this node was killed by signal %d%s; the others were stopped. Start the "
+                "command again: train goes on from its last checkpoint with --resume.",
                 *(first.local_rank + 1, processes, -first.exitcode),
                 " (the memory may have run out)" if first.exitcode == -9 else "",
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from cryodrgn_pipeline.particle_volumes_memory import GIB, Plan, plan_passes
 from cryodrgn_pipeline.particle_volumes_rings import SHARES, Rings, rings_of, squared_distances
 from cryodrgn_pipeline.particle_volumes_sums import Prediction, accumulate_targets, packed_grids
 from cryodrgn_pipeline.progress import duration, progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.volumes import OURS, MapOptions, check_options, finished_map, support_columns
 
@@ -59,10 +61,12 @@ class ParticleVolumes:
     independent_halves: bool = False
 
 
-def particle_volumes(request: ParticleVolumes, output: Path, device: torch.device) -> list[Path]:
+def particle_volumes(
+    request: ParticleVolumes, output: Path, device: torch.device, ranks: Ranks = ALONE
+) -> list[Path]:
     """Make one map per target and write them with their half maps and `volumes.parquet`; the maps' paths.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Ranks share the images; rank 0 alone makes maps and writes.
 
     Parameters
     ----------
@@ -91,25 +95,29 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
     drawn = ModelOnStack(model=model, targets=targets, stack=stack)
     apart = np.where(members.counted[:, None], 0.0 if request.ids else squared, np.inf)
     rings = rings_of(apart, SHARES[-1:] if request.ids else SHARES)
-    plan = drawn.plan(rings.widths, request.memory_gb)
+    plan = drawn.plan(rings.widths, request.memory_gb, ranks)
     if plan.widths < rings.widths:
         rings = rings_of(apart, SHARES[-plan.widths :])
     names = [f"vol_{number:03d}.mrc" for number in range(len(targets))]
     table: list[dict[str, Any]] = [{} for _ in names]
-    with replacing_directory(output, ours=OURS) as folder:
+    with replacing_directory(output, ours=OURS) if ranks.leads else nullcontext(output) as folder:
         files = Files(folder=folder, names=names, options=request.options, stack=stack)
-        (folder / "halves").mkdir()
+        if ranks.leads:
+            (folder / "halves").mkdir()
         if request.independent_halves:
-            for number, row in _independent_halves(request, files, model, drawn.kept_bytes):
+            for number, row in _independent_halves(request, files, model, drawn.kept_bytes, ranks):
                 table[number] |= row
         else:
             log.info("half sets' FSC is optimistic: z was learnt from both (fsc_independent is false)")
-        for number, found in _state_maps(drawn, members, rings, squared, plan, request.independent_halves):
+        with_halves = not request.independent_halves
+        for number, found in _state_maps(drawn, members, rings, squared, plan, with_halves, ranks):
             files.write_map(number, found.density)
             if found.halves is not None:
                 table[number] |= files.write_halves(number, found.halves) | _shared_row(found, rings, number)
             table[number] |= _residual_row(found, rings, number)
             log.info("%s: %s", names[number], _in_words(table[number]))
+        if not ranks.leads:
+            return []
         latent = {f"z_{j}": targets[:, j] for j in range(model.latent_dim)}
         measured = {key: np.array([row[key] for row in table]) for key in table[0] if key not in _PATHS}
         paths = {key: [row[key] for row in table] for key in _PATHS}
@@ -123,12 +131,18 @@ def particle_volumes(request: ParticleVolumes, output: Path, device: torch.devic
 
 
 def _independent_halves(
-    request: ParticleVolumes, files: Files, model: Model, kept: int
+    request: ParticleVolumes, files: Files, model: Model, kept: int, ranks: Ranks
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Write half maps that share nothing but where the target lies; each target's number and columns."""
-    own, targets = own_halves(request.run, model.latent_dim), request.targets
+    targets, memory_gb = request.targets, request.memory_gb
+    for each in range(2):  # rank 0 learns them, then the others find them there
+        if ranks.leads == (each == 0):
+            own = own_halves(request.run, model.latent_dim)
+        ranks.largest(0)
     of_half = [
-        half_states(request.run, own, number, files.stack, targets, kept=kept, memory_gb=request.memory_gb)
+        half_states(
+            request.run, own, number, files.stack, targets, kept=kept, memory_gb=memory_gb, ranks=ranks
+        )
         for number in (0, 1)
     ]
     first = list(of_half[0])
@@ -147,9 +161,10 @@ def _state_maps(
     rings: Rings,
     squared: NDArray[np.float64],
     plan: Plan,
-    independent_halves: bool,
+    with_halves: bool,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, StateMap]]:
-    """Each target's number and map; the log says how long passes and maps took."""
+    """Each target's number and map, for rank 0; the log says how long passes and maps took."""
     stack, count, passes = drawn.stack, len(drawn.targets), plan.passes(len(drawn.targets))
     for turn in range(passes):
         started = time.monotonic()
@@ -166,14 +181,15 @@ def _state_maps(
                 prediction,
                 poses=members.poses,
                 advance=advance,
+                ranks=ranks,
             )
         del prediction  # the maps need its memory
         log.info("pass %d of %d: %s", turn + 1, passes, duration(time.monotonic() - started))
-        for number in block:
+        for number in block if ranks.leads else ():
             started = time.monotonic()
             kernels = around.weights(number - block.start)
             seen, model_map = sums.around(number - block.start, kernels), drawn.map_at(number)
-            found = state_map(seen, model_map, with_halves=not independent_halves)
+            found = state_map(seen, model_map, with_halves=with_halves)
             log.info("target %d of %d: %.1f s", number + 1, count, time.monotonic() - started)
             yield number, found
         del sums  # before those of the next block are made
@@ -191,7 +207,7 @@ class ModelOnStack:
     targets: NDArray[np.float32]
     stack: Stack
 
-    def plan(self, widths: int, memory_gb: float | None) -> Plan:
+    def plan(self, widths: int, memory_gb: float | None, ranks: Ranks) -> Plan:
         """How many targets share a pass over the images."""
         targets = len(self.targets)
         return plan_passes(
@@ -201,6 +217,7 @@ class ModelOnStack:
             grids=targets if self.maps is None else len(self.maps),
             kept=self.kept_bytes,
             memory_gb=memory_gb,
+            ranks=ranks,
         )
 
     @property

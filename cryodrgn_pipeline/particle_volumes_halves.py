@@ -29,6 +29,7 @@ from cryodrgn_pipeline.particle_volumes_memory import plan_passes
 from cryodrgn_pipeline.particle_volumes_rings import SHARES, Rings, rings_of, squared_distances
 from cryodrgn_pipeline.particle_volumes_sums import accumulate_targets
 from cryodrgn_pipeline.progress import duration, progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
@@ -120,8 +121,9 @@ def half_states(
     *,
     kept: int,
     memory_gb: float | None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[HalfState]:
-    """The map of one half set, 0 or 1, at each target `(T, J)` of a run in turn.
+    """The map of one half set, 0 or 1, at each target `(T, J)` of a run in turn, for rank 0.
 
     Nothing of the other half set is read. `kept`: bytes that the caller holds meanwhile; `memory_gb`: as in
     `plan_passes`.
@@ -134,16 +136,24 @@ def half_states(
     shares = SHARES if halves.components[number] else SHARES[-1:]  # without a component all are alike
     rings = rings_of(apart, shares)
     kept += len(targets) * 4 * stack.box_size_px**3  # the maps of the first half set
-    plan = plan_passes(stack.box_size_px, len(targets), rings.widths, grids=0, kept=kept, memory_gb=memory_gb)
+    plan = plan_passes(
+        *(stack.box_size_px, len(targets), rings.widths),
+        grids=0,
+        kept=kept,
+        memory_gb=memory_gb,
+        ranks=ranks,
+    )
     if plan.widths < rings.widths:
         rings = rings_of(apart, shares[-plan.widths :])
     passes = plan.passes(len(targets))
     for turn in range(passes):
         block = slice(turn * plan.per_pass, min((turn + 1) * plan.per_pass, len(targets)))
-        yield from _states_of(members, rings.of(block), stack, number, f"{turn + 1} of {passes}")
+        yield from _states_of(members, rings.of(block), stack, number, f"{turn + 1} of {passes}", ranks)
 
 
-def _states_of(members: Members, around: Rings, stack: Stack, number: int, turn: str) -> Iterator[HalfState]:
+def _states_of(
+    members: Members, around: Rings, stack: Stack, number: int, turn: str, ranks: Ranks
+) -> Iterator[HalfState]:
     started = time.monotonic()
     with progress(f"half set {number + 1}", len(around.counted)) as advance:
         sums = accumulate_targets(
@@ -154,9 +164,10 @@ def _states_of(members: Members, around: Rings, stack: Stack, number: int, turn:
             members.contrast,
             poses=members.poses,
             advance=advance,
+            ranks=ranks,
         )
     log.info("half set %d, pass %s: %s", number + 1, turn, duration(time.monotonic() - started))
-    for target in range(around.ring.shape[1]):
+    for target in range(around.ring.shape[1] if ranks.leads else 0):
         density, widths = half_state(sums.around(target, around.weights(target)))
         effective = around.n_effective(target)
         yield HalfState(

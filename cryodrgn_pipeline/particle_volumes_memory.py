@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.fourier.sizes import PADDING, ball_points, half_grid_points
 from cryodrgn_pipeline.io.memory import available_bytes
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,14 @@ class Plan:
 
 
 def plan_passes(
-    box_size_px: int, targets: int, widths: int, *, grids: int, kept: int, memory_gb: float | None
+    box_size_px: int,
+    targets: int,
+    widths: int,
+    *,
+    grids: int,
+    kept: int,
+    memory_gb: float | None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """As many kernel widths as wished for where they fit, then as many targets a pass as fit; the log tells.
 
@@ -45,6 +53,8 @@ def plan_passes(
         Bytes of the model, held all the time.
     memory_gb
         The budget in GiB; None takes 60 % of the memory that is available.
+    ranks
+        Those that hold the same each, so that processes on one node divide the budget; the plan is one.
 
     Raises
     ------
@@ -52,6 +62,7 @@ def plan_passes(
         If one target with one width does not fit.
     """
     budget = SHARE * available_bytes() if memory_gb is None else memory_gb * GIB
+    budget = -ranks.largest(-budget / ranks.local_size)[0]
     beside = kept + max(grids * 8 * ball_points(box_size_px), work_bytes(box_size_px))
 
     def needed(count: int, wide: int) -> int:

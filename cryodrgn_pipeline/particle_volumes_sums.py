@@ -27,6 +27,7 @@ from cryodrgn_pipeline.fourier.slices import (
 from cryodrgn_pipeline.fourier_images import FourierImages, stream
 from cryodrgn_pipeline.particle_volumes_memory import numbers_of
 from cryodrgn_pipeline.particle_volumes_rings import Rings
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import level_plane, noise_precision
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
@@ -213,6 +214,7 @@ def accumulate_targets(
     *,
     poses: PoseOffsets | None = None,
     advance: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TargetSums:
     """One pass over the images that stand in the rings of T targets.
 
@@ -228,13 +230,15 @@ def accumulate_targets(
         What corrects the poses of the rows; None: nothing.
     advance
         Called with the number of images done.
+    ranks
+        Those that share the images; all get the sums of all.
     """
     d = stack.box_size_px
     plane = level_plane(d, d)
     weight, groups = noise_precision(stack.noise, plane, white=False)
     numbers = numbers_of(with_model=prediction is not None)
     sums = TargetSums(d, rings.ring.shape[1], rings.widths, numbers=numbers)
-    used = rings.counted
+    used = rings.counted[ranks.share(len(rings.counted))]
     ring, side = torch.from_numpy(rings.ring[used]), torch.from_numpy(half[used])
     strength = torch.from_numpy(contrast[used]).float()
     offsets = None if poses is None else poses.of(used)
@@ -247,6 +251,7 @@ def accumulate_targets(
         sums.add(images, image_values(images, weight, strength[part], slices), ring[part], side[part])
         if advance is not None:
             advance(len(images))
+    ranks.sum_(sums.sums)
     return sums
 
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from cryodrgn_pipeline.errors import LostRankError
 
-from cryodrgn_pipeline.errors import TrainingError
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # What one rank does alone (reading, writing) the others wait for; of a rank that died, torchrun tells them.
 PATIENCE = timedelta(days=1)
@@ -42,6 +43,8 @@ class Ranks:
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor, of the same shape on all ranks, by its sum over them."""
         if self.size > 1:
+            import torch.distributed as dist
+
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
@@ -49,6 +52,9 @@ class Ranks:
         """The largest of each number over all ranks."""
         if self.size == 1:
             return list(numbers)
+        import torch
+        import torch.distributed as dist
+
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [float(value) for value in values]
@@ -57,15 +63,27 @@ class Ranks:
         """All shares one after the other, on every rank: `(n, …)` here → `(N, …)`."""
         if self.size == 1:
             return values
+        import torch
+        import torch.distributed as dist
+
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(values)
         dist.all_reduce(counts)
-        most = int(counts.max())
-        padded = values.new_zeros((most, *values.shape[1:]))
+        padded = values.new_zeros((int(counts.max()), *values.shape[1:]))
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+    def told(self, values: Tensor) -> Tensor:
+        """The tensor of rank 0, where the others have one of the same shape and type."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        values = values.contiguous()
+        dist.broadcast(values, 0)
+        return values
 
 
 ALONE = Ranks()
@@ -84,12 +102,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
     Raises
     ------
-    TrainingError
+    LostRankError
         If another rank was lost on the way.
     """
     if not started_by_torchrun():
         yield ALONE
         return
+    import torch
+    import torch.distributed as dist
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -101,6 +122,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
-        raise TrainingError(f"another rank was lost ({str(error).splitlines()[0]})") from error
+        raise LostRankError(f"another process was lost ({str(error).splitlines()[0]})") from error
     finally:
         dist.destroy_process_group()

@@ -23,6 +23,7 @@ from cryodrgn_pipeline.fourier.slices import (
 )
 from cryodrgn_pipeline.fourier.transforms import half_plane, rfftn_radius
 from cryodrgn_pipeline.fourier_images import FourierImages, noise_weights, stream
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from cryodrgn_pipeline.stack import Stack
@@ -179,6 +180,7 @@ def accumulate_stack(
     sets: int = 2,
     kernel: str = "auto",
     advance: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Backprojection:
     """Backproject the given rows of a stack.
 
@@ -190,7 +192,11 @@ def accumulate_stack(
         `(n,)` the set, 0 … `sets` − 1, that each belongs to.
     advance
         Called with the number of images done.
+    ranks
+        Those that share the rows; all get the sums of all.
     """
+    mine = ranks.share(len(rows))
+    rows, target = rows[mine], target[mine]
     plane = half_plane(stack.box_size_px, stack.box_size_px / 2 - 0.5)
     weight, groups = noise_weights(stack.noise, plane)
     sums = Backprojection(stack.box_size_px, sets, kernel=kernel)
@@ -199,4 +205,5 @@ def accumulate_stack(
         sums.add(images, targets[part], weight)
         if advance is not None:
             advance(len(images))
+    ranks.sum_(sums.sums)
     return sums

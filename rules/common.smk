@@ -147,11 +147,36 @@ def disk_mb_for(task):
 
 def nodes_for(step):
     """GPUs on one node, or on each of several; there srun starts one task a node."""
-    gpus, nodes = (config["resources"][step][key] for key in ("gpus", "nodes"))
+    nodes, gpus = (config["resources"][step].get(key) for key in ("nodes", "gpus"))
     if nodes == 1:
-        return {"gpu": gpus} | ({"nodes": 1} if gpus > 1 else {})
+        one_node = {"nodes": 1} if (gpus or 0) > 1 else {}
+        return one_node | ({} if gpus is None else {"gpu": gpus})
     several = {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": -1}
     return several | ({"gres": f"gpu:{gpus}"} if gpus else {})
+
+
+def srun(wildcards, threads, resources):
+    """What starts the command on each of several nodes, for one node nothing."""
+    nodes = resources.get("nodes") or 1
+    if nodes == 1:
+        return ""
+    step = f"srun --nodes {nodes} --ntasks {nodes} --cpus-per-task {threads}"
+    return f"{step} --mem 0 --kill-on-bad-exit "  # all memory of the job; a lost node ends it
+
+
+def together(step):
+    """Options that make one of the processes on all nodes; their number is no reason to do it again."""
+
+    def words(wildcards, resources):
+        given = config["resources"][step]
+        # only training has work for several GPUs of a node
+        processes = given["gpus"] if step == "train" else 1
+        asked = (("--processes", processes), ("--nodes", given["nodes"]))
+        return [
+            word for flag, number in asked if number > 1 for word in (flag, str(number))
+        ]
+
+    return words
 
 
 # ── Import ──
@@ -282,23 +307,6 @@ def checked_consensus(wildcards):
 
 def subset_option(wildcards):
     return [] if wildcards.subset == "all" else ["--subset"]
-
-
-def srun(wildcards, threads, resources):
-    """What starts the command on each of several nodes, for one node nothing."""
-    nodes = resources.get("nodes") or 1
-    if nodes == 1:
-        return ""
-    step = f"srun --nodes {nodes} --ntasks {nodes} --cpus-per-task {threads}"
-    return f"{step} --mem 0 --kill-on-bad-exit "  # all memory of the job; a lost node ends it
-
-
-def processes_options(wildcards, resources):
-    """One process for each GPU; how many there are is no reason to train again."""
-    given = config["resources"]["train"]
-    processes = {"processes": max(1, given["gpus"]), "nodes": given["nodes"]}
-    asked = {key: number for key, number in processes.items() if number > 1}
-    return [word for key, number in asked.items() for word in (f"--{key}", str(number))]
 
 
 def train_options(wildcards):

@@ -49,6 +49,7 @@ rule reconstruct_consensus:
         "../workflows/envs/cryodrgn-pipeline.yaml"
     threads: threads_for("consensus")
     resources:
+        **nodes_for("consensus"),
         mem_mb=mem_mb_for("consensus"),
         runtime=runtime_for("consensus"),
         disk_mb=disk_mb_for("consensus"),
@@ -58,8 +59,10 @@ rule reconstruct_consensus:
         folder=subpath(output.summary, parent=True),
         options=consensus_options,
         fetched=fetched_maps,
+        srun=srun,
+        together=together("consensus"),
     message:
         "{wildcards.dataset}: backprojecting two half maps and checking the conventions"
     shell:
-        "cryodrgn-pipeline consensus {params.stack:q} {params.options:q} {params.fetched:q}"
-        " -o {params.folder:q} &> {log:q}"
+        "{params.srun}cryodrgn-pipeline consensus {params.stack:q} {params.options:q} {params.fetched:q}"
+        " {params.together:q} -o {params.folder:q} &> {log:q}"

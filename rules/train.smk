@@ -28,10 +28,10 @@ rule train_model:
         subset=subset_option,
         options=train_options,
         srun=srun,
-        processes=processes_options,
+        together=together("train"),
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: training"
     shell:
         "{params.srun}cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q}"
-        " {params.options:q} {params.processes:q} --resume --threads {threads}"
+        " {params.options:q} {params.together:q} --resume --threads {threads}"
         " -o {params.folder:q} &> {log:q}"

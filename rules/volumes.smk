@@ -13,18 +13,20 @@ rule decode_volumes:
         "../workflows/envs/cryodrgn-pipeline.yaml"
     threads: threads_for("volumes")
     resources:
+        **nodes_for("volumes"),
         mem_mb=mem_mb_for("volumes"),
         runtime=runtime_for("volumes"),
         disk_mb=disk_mb_for("volumes"),
-        gpu=gpus_for("volumes"),
     params:
         run=subpath(input.model, parent=True),
         folder=subpath(output.table, parent=True),
         z=latent_points,
         options=volumes_options,
         stack=volumes_stack_option,
+        srun=srun,
+        together=together("volumes"),
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: making volumes ({wildcards.series})"
     shell:
-        "cryodrgn-pipeline volumes {params.run:q} --z {params.z:q} {params.options:q} {params.stack:q}"
-        " --threads {threads} -o {params.folder:q} &> {log:q}"
+        "{params.srun}cryodrgn-pipeline volumes {params.run:q} --z {params.z:q} {params.options:q}"
+        " {params.stack:q} {params.together:q} --threads {threads} -o {params.folder:q} &> {log:q}"

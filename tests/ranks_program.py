@@ -5,25 +5,31 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from cryodrgn_pipeline.consensus import consensus
 from cryodrgn_pipeline.io.checkpoints import save_state
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel, BasisVae
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
 from cryodrgn_pipeline.models.vae import Vae, VaeConfig
+from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
 from cryodrgn_pipeline.ranks import ALONE, Ranks, joined
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen
+from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 from cryodrgn_pipeline.training.batch import Placed
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Network, Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
 from cryodrgn_pipeline.training.state import StopRequest
+from cryodrgn_pipeline.volumes import MapOptions
 
 CPU = torch.device("cpu")
 KINDS = ("autoencoder", "residual", "image_basis")
+DECODERS = ("linear", "kernel", "basis")
 BOX, COMPONENTS, LATENT_DIM = 16, 2, 3
 # of 81 particles the last batch of an epoch has one: one of two ranks has none
 TRAINING, BATCH = 81, 20
@@ -109,8 +115,35 @@ def primitives(ranks: Ranks) -> dict:
     }
 
 
-def main(stack: Path, folder: Path) -> None:
+def subspace(stack: Path, run: Path, decoder: str = "linear", ranks: Ranks = ALONE) -> None:
+    """A model of the subspace of a stack."""
+    request = SubspaceRequest(
+        stack=stack, run=run, subset=None, latent_dim=2, decoder=decoder, seed=0, threads=1
+    )
+    with patch("cryodrgn_pipeline.subspace.basis.FEWEST_STEPS", 150):
+        train_subspace(request, ranks)
+
+
+def reconstructed(stack: Path, run: Path, folder: Path, ranks: Ranks = ALONE) -> None:
+    """The consensus and two volumes from particles, with half maps of half sets' own subspaces."""
+    consensus(stack, folder / "consensus", check="off", ranks=ranks)
+    request = ParticleVolumes(
+        run=run,
+        targets=np.array([[-1.0, 0.0], [1.0, 0.0]], dtype=np.float32),
+        ids=None,
+        stack=None,
+        options=MapOptions(),
+        memory_gb=1.0,
+        independent_halves=True,
+    )
+    particle_volumes(request, folder / "volumes", CPU, ranks)
+
+
+def main(stack: Path, run: Path, larger: Path, folder: Path) -> None:
     with joined(CPU) as ranks:
+        for decoder in DECODERS:
+            subspace(larger, folder / decoder, decoder, ranks)
+        reconstructed(stack, run, folder, ranks)
         found = {"primitives": primitives(ranks)}
         found |= {kind: train(kind, stack, ranks) for kind in KINDS}
         save_state(folder / f"rank{ranks.rank}.pt", found)

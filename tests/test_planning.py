@@ -288,6 +288,11 @@ def test_a_training_on_several_gpus_holds_more_and_takes_less_time() -> None:
     assert four.seconds > eight.seconds
 
 
+def test_every_process_of_a_subspace_holds_its_sums() -> None:
+    one, four = (plan_of(resources={"train": {"gpus": gpus}}).needs("train", **STANDARD) for gpus in (1, 4))
+    assert four.memory_bytes == pytest.approx(4 * one.memory_bytes)
+
+
 def test_planning_needs_no_library_of_arrays() -> None:
     code = "import sys, cryodrgn_pipeline.planning.jobs; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import mrcfile
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from ranks_program import KINDS, train
+from ranks_program import DECODERS, KINDS, reconstructed, subspace, train
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
@@ -24,12 +27,38 @@ PROGRAM = Path(__file__).with_name("ranks_program.py")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def linear_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A subspace of the particles, learnt by one process."""
+    run = tmp_path_factory.mktemp("linear") / "run"
+    subspace(tiny_set / "stack", run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stack of a set whose images support components."""
+    at = tmp_path_factory.mktemp("larger")
+    for words in (
+        f"simulate -o {at}/set --box-size 20 --pixel-size 9.6 --particles 600 --snr 0.45",
+        f"import {at}/set/particles.star -o {at}/import",
+        f"preprocess {at}/import --box-size 20 -o {at}/stack",
+    ):
+        assert CliRunner().invoke(app, words.split(), catch_exceptions=False).exit_code == 0
+    return at / "stack"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_set: Path, linear_run: Path, larger: Path, folder: Path) -> list[dict]:
     """What each of two ranks found, by gloo on this machine."""
-    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(PROGRAM), str(tiny_set / "stack"), str(folder)],
+        [*command, *map(str, (PROGRAM, tiny_set / "stack", linear_run, larger, folder))],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -65,6 +94,36 @@ def test_two_ranks_learn_the_model_that_one_process_learns(
         assert two["step"] == one["step"]
     for name, value in alone["latents"].items():
         torch.testing.assert_close(first["latents"][name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_two_ranks_make_the_consensus_and_the_volumes_that_one_process_makes(
+    two_ranks: list[dict], tiny_set: Path, linear_run: Path, folder: Path, tmp_path: Path
+) -> None:
+    reconstructed(tiny_set / "stack", linear_run, tmp_path)
+    maps = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.mrc"))
+    assert len(maps) == 4 + 2 + 4
+    for path in maps:
+        expected = mrcfile.read(tmp_path / path)
+        assert np.abs(mrcfile.read(folder / path) - expected).max() < 1e-4 * np.abs(expected).max()
+    one, two = (pd.read_parquet(at / "volumes" / "volumes.parquet") for at in (tmp_path, folder))
+    pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_two_ranks_find_the_subspace_that_one_process_finds(
+    two_ranks: list[dict], larger: Path, folder: Path, tmp_path: Path, decoder: str
+) -> None:
+    subspace(larger, tmp_path, decoder)
+    alone, together = (json.loads((run / "run.json").read_text()) for run in (tmp_path, folder / decoder))
+    assert alone["components"] > 0
+    assert together["components"] == alone["components"]
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    one, two = (pd.read_parquet(run / "latent.parquet") for run in (tmp_path, folder / decoder))
+    assert one.particle_id.equals(two.particle_id)
+    one, two = (table.drop(columns="particle_id").to_numpy(dtype=float) for table in (one, two))
+    spread = one.std(axis=0) + 1e-6
+    assert (np.abs(two - one) / spread).max() < 1e-2
+    assert not (folder / decoder / "checkpoints").exists()
 
 
 def command(stack: Path, run: Path, epochs: int, processes: int) -> list[str]:

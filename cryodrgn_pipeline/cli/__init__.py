@@ -6,8 +6,8 @@ import os
 import sys
 
 from cryodrgn_pipeline.cli import data, model, results, with_cryosparc, workflow  # noqa: F401  (they add their verbs)
-from cryodrgn_pipeline.cli._app import app
-from cryodrgn_pipeline.errors import CryodrgnPipelineError, Interrupted
+from cryodrgn_pipeline.cli._app import app, leads
+from cryodrgn_pipeline.errors import CryodrgnPipelineError, Interrupted, LostRankError
 
 
 def main() -> None:
@@ -20,13 +20,16 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="cryodrgn-pipeline")
     except Interrupted as stopped:
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one tells
+        if leads():
             print(f"{stopped}{stopped.saved and ': ' + stopped.saved}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except CryodrgnPipelineError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if leads():
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, LostRankError):
+            print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a file without permission: the system's words name the file
         if debug:

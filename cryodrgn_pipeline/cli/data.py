@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cryodrgn_pipeline.cli._app import DATA, app
+from cryodrgn_pipeline.cli._app import DATA, Nodes, Processes, app, in_processes, say
 from cryodrgn_pipeline.cli._choice import Cluster, Invert, NoJunk, Outline, Range, Where, selection
 
 if TYPE_CHECKING:
@@ -326,12 +326,15 @@ def consensus_verb(
         Path | None, typer.Option(help="Soft mask for the FSC, in any box; default from the map.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws half sets where the source has none.")] = 0,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
 ) -> None:
     """Reconstruct the consensus map in two halves, and check the conventions against the data.
 
     Writes map.mrc, half1.mrc, half2.mrc, mask.mrc, fsc.parquet and consensus.json. The check tries rotations
     transposed, shifts negated or in another unit, contrast inverted and (with --reference) the other hand and
     pixel size; where the data clearly disagree it exits with code 3 and names the line that mends it.
+    --nodes share the images; the check is made on the first one.
 
     Example: cryodrgn-pipeline consensus stack_128 --reference run_class001.mrc -o consensus
     """
@@ -340,5 +343,13 @@ def consensus_verb(
 
     if check not in ("stop", "warn", "off"):
         raise ConfigError(f"--check must be stop, warn or off, not {check}")
-    consensus(stack, output, reference=reference, check=check, mask=mask, seed=seed)
-    typer.echo(output)
+    in_processes(processes, nodes)
+    import torch
+
+    from cryodrgn_pipeline.devices import use_threads
+    from cryodrgn_pipeline.ranks import joined
+
+    use_threads(None)
+    with joined(torch.device("cpu")) as ranks:
+        consensus(stack, output, reference=reference, check=check, mask=mask, seed=seed, ranks=ranks)
+    say(output)

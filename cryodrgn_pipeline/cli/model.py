@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cryodrgn_pipeline.cli._app import MODEL, app
+from cryodrgn_pipeline.cli._app import MODEL, Nodes, Processes, app, in_processes, say
 from cryodrgn_pipeline.errors import ConfigError
 
 
@@ -99,12 +98,8 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads, shared by the processes of a node; default: all.")
     ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes on each node that train together: one for each GPU.")
-    ] = 1,
-    nodes: Annotated[
-        int, typer.Option(min=1, help="Nodes that train together; srun starts the command on each.")
-    ] = 1,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's checkpoints where they fit.")
     ] = False,
@@ -119,8 +114,7 @@ def train(
     Then --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius,
     --loss, --coordinate-fraction and --frequency-marching are for --decoder mlp.
 
-    Training epoch by epoch in several --processes or on several --nodes gives the same model: they share
-    each batch. The subspace and the default model are learnt by one process.
+    Several --processes and --nodes give the same model: they share the images of each pass or batch.
 
     Example: cryodrgn-pipeline train stack_128 -o runs/first
     """
@@ -137,37 +131,29 @@ def train(
             "--encoder image goes with --decoder basis or mlp: a kernel's functions are those of the place "
             "in the subspace (--encoder subspace)"
         )
-    by_epochs = method == "vae" and (encoder == "image" or decoder == "mlp")
-    if not by_epochs:
-        processes = 1
-    if processes * nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        from cryodrgn_pipeline.launch import run_in_processes
-
-        raise typer.Exit(run_in_processes(processes, nodes))
-    if not by_epochs:
+    in_processes(processes, nodes)
+    if method == "subspace" or (encoder == "subspace" and decoder != "mlp"):
         from cryodrgn_pipeline.devices import choose_device
         from cryodrgn_pipeline.ranks import joined
         from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
         chosen = choose_device(device)
+        request = SubspaceRequest(
+            stack=stack,
+            run=run,
+            subset=subset,
+            latent_dim=latent_dim,
+            decoder="linear" if method == "subspace" else decoder,
+            held_out_fraction=held_out_fraction,
+            seed=seed,
+            threads=threads,
+            checkpoint_every_minutes=checkpoint_every_minutes,
+            resume=resume,
+            device=chosen.type,
+        )
         with joined(chosen) as ranks:
-            if ranks.leads:
-                train_subspace(
-                    SubspaceRequest(
-                        stack=stack,
-                        run=run,
-                        subset=subset,
-                        latent_dim=latent_dim,
-                        decoder="linear" if method == "subspace" else decoder,
-                        held_out_fraction=held_out_fraction,
-                        seed=seed,
-                        threads=threads,
-                        checkpoint_every_minutes=checkpoint_every_minutes,
-                        resume=resume,
-                        device=chosen.type,
-                    )
-                )
-        typer.echo(run / "latent.parquet")
+            train_subspace(request, ranks)
+        say(run / "latent.parquet")
         return
     if beta != "auto":
         try:
@@ -221,7 +207,7 @@ def train(
     train_vae(
         TrainingRequest(stack=stack, run=run, subset=subset, model=model, settings=settings, resume=resume)
     )
-    typer.echo(run / "latent.parquet")
+    say(run / "latent.parquet")
 
 
 @app.command("encode", rich_help_panel=MODEL)
@@ -243,14 +229,11 @@ def encode(
 
     Example: cryodrgn-pipeline encode runs/first stack_new_128 -o runs/first_new
     """
-    import torch
-
-    from cryodrgn_pipeline.devices import choose_device
+    from cryodrgn_pipeline.devices import choose_device, use_threads
     from cryodrgn_pipeline.encoding import EncodeRequest
     from cryodrgn_pipeline.encoding import encode as place
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     place(EncodeRequest(run=run, stack=stack, subset=subset, output=output), choose_device(device))
     typer.echo(output / "latent.parquet")
 
@@ -291,12 +274,15 @@ def volumes(
     crop_px: Annotated[int | None, typer.Option(help="Cut the maps to this box in real space, px.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
 ) -> None:
     """Draw volumes at points of the latent space.
 
     Writes vol_000.mrc … and volumes.parquet with the latent of each. A decoder draws a map at any z, right or
     wrong: stay where particles are. From particles: the images near each point correct the model's map, and
     half maps (in halves/) with their FSC say how far to trust it; --ids takes these particles' images.
+    --nodes share the images (the first one draws what a decoder draws); memory and threads are those of each.
 
     Example: cryodrgn-pipeline volumes runs/first --kmeans 20 --source particles -o runs/first/volumes
     """
@@ -316,29 +302,30 @@ def volumes(
             "--independent-halves: a list of ids was chosen with both half sets, so nothing makes its half "
             "maps independent; give points of the latent space (--z, --kmeans, --pc)"
         )
-    import torch
-
-    from cryodrgn_pipeline.devices import choose_device
+    in_processes(processes, nodes)
+    from cryodrgn_pipeline.devices import choose_device, use_threads
+    from cryodrgn_pipeline.ranks import joined
     from cryodrgn_pipeline.volumes import MapOptions, decode_volumes, latents_for
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     latents = latents_for(run, z_table=z, kmeans=kmeans, ids=ids, pc=pc, n=n, seed=seed)
     options = MapOptions(box_size_px=box_size, low_pass_a=low_pass_a, flip_hand=flip_hand, crop_px=crop_px)
-    if source == "particles":
-        from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
+    chosen, paths = choose_device(device), []
+    with joined(chosen) as ranks:
+        if source == "particles":
+            from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
 
-        request = ParticleVolumes(
-            run=run,
-            targets=latents,
-            ids=ids,
-            stack=stack,
-            options=options,
-            memory_gb=memory_gb,
-            independent_halves=independent_halves,
-        )
-        paths = particle_volumes(request, output, choose_device(device))
-    else:
-        paths = decode_volumes(run, latents, output, options, choose_device(device))
+            request = ParticleVolumes(
+                run=run,
+                targets=latents,
+                ids=ids,
+                stack=stack,
+                options=options,
+                memory_gb=memory_gb,
+                independent_halves=independent_halves,
+            )
+            paths = particle_volumes(request, output, chosen, ranks)
+        elif ranks.leads:
+            paths = decode_volumes(run, latents, output, options, chosen)
     for path in paths:
-        typer.echo(path)
+        say(path)

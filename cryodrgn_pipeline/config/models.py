@@ -193,17 +193,16 @@ class StepResources(Section):
     disk_mb: Auto | Count = Field("auto", description="disk in MB that is written; auto = as for mem_mb")
 
 
-class GpuResources(StepResources):
+class NodeResources(StepResources):
+    """... on one node, or under Slurm on several that share the images."""
+
+    nodes: Count = Field(1, description="nodes; threads, memory and GPUs are those of each")
+
+
+class GpuResources(NodeResources):
     """... with GPUs, which the profiles local-gpu and slurm hand out."""
 
-    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs")
-
-
-class TrainingResources(GpuResources):
-    """... on one node, or on several that train together under Slurm: one process for each GPU."""
-
-    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs of each node")
-    nodes: Count = Field(1, description="nodes; threads and memory are those of each")
+    gpus: Annotated[int, Field(ge=0)] = Field(1, description="GPUs; in training each has a process")
 
 
 class Resources(Section):
@@ -211,9 +210,9 @@ class Resources(Section):
 
     import_: StepResources = Field(StepResources(), alias="import")
     preprocess: StepResources = StepResources(threads=4)
-    consensus: StepResources = StepResources(threads=4)
+    consensus: NodeResources = NodeResources(threads=4)
     subset: StepResources = StepResources()
-    train: TrainingResources = TrainingResources(threads=8)
+    train: GpuResources = GpuResources(threads=8)
     analyze: StepResources = StepResources(threads=4)
     volumes: GpuResources = GpuResources(threads=4)
     report: StepResources = StepResources()

@@ -7,7 +7,7 @@ measured against these is in docs/scaling.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryodrgn_pipeline.config.models import Analyze, Consensus, Preprocess, Train, Volumes
 from cryodrgn_pipeline.fourier.sizes import PADDING, half_grid_points, half_plane_points
@@ -132,6 +132,8 @@ def train_needs(
     trained = given.method == "vae" and (given.encoder == "image" or given.decoder == "mlp")
     starts = not trained or given.encoder == "subspace" or given.decoder == "basis"
     learning = _subspace_needs(particles, box_size_px, given, threads) if starts else None
+    if learning is not None:  # each process holds the sums of all images
+        learning = replace(learning, memory_bytes=max(1, gpus) * learning.memory_bytes)
     training = _network_needs(particles, box_size_px, given, threads, gpus, nodes) if trained else None
     parts = [part for part in (learning, training) if part is not None]
     return Needs(

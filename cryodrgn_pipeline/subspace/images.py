@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cryodrgn_pipeline.fourier.transforms import HalfPlane, half_plane
 from cryodrgn_pipeline.fourier_images import SMALLEST_NOISE, FourierImages, stream
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.subspace.memory import KEPT_BYTES, coefficient_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class LevelImages:
         self.plane, self.weight = plane.to(device), weight.to(device)
         self.poses: PoseOffsets | None = None
         self._kept: list[tuple[slice, FourierImages]] = []
-        self._keep = len(rows) * coefficient_bytes(len(plane)) <= kept_bytes(torch.device(device))
+        self._most_kept = kept_bytes(torch.device(device)) // coefficient_bytes(len(plane))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,23 +77,27 @@ class LevelImages:
         """How many real numbers of an image are seen."""
         return 2 * len(self.plane) - 1
 
-    def chunks(self, first: int = 0) -> Iterator[tuple[slice, FourierImages]]:
-        """The images in chunks, their poses corrected: their place in `rows`, and their data.
+    def chunks(self, done: int = 0, ranks: Ranks = ALONE) -> Iterator[tuple[slice, FourierImages]]:
+        """This rank's images in chunks, their poses corrected: their place in `rows`, and their data.
 
         Parameters
         ----------
-        first
-            How many images to leave out: those of so many chunks.
+        done
+            How many to leave out: those of so many chunks.
+        ranks
+            Those that share the images, the same at each call.
         """
-        for part, images in self._as_given(first):
+        for part, images in self._as_given(done, ranks.share(len(self))):
             yield part, images if self.poses is None else self.poses.applied(images, part)
 
-    def _as_given(self, first: int) -> Iterator[tuple[slice, FourierImages]]:
+    def _as_given(self, done: int, share: slice) -> Iterator[tuple[slice, FourierImages]]:
+        first = share.start + done
         if self._kept:
             yield from (chunk for chunk in self._kept if chunk[0].start >= first)
             return
-        kept, keep = [], self._keep and first == 0
-        for part, images in stream(self.stack, self.rows, self.plane, self.groups, first=first):
+        kept, keep = [], share.stop - share.start <= self._most_kept and done == 0
+        rows = self.rows[: share.stop]
+        for part, images in stream(self.stack, rows, self.plane, self.groups, first=first):
             if keep:
                 kept.append((part, images))
             yield part, images

@@ -5,6 +5,10 @@ may be read back in its place. `once` keeps a result until the step that asked f
 latest state of a sequence, `summed` and `gathered` what a pass over the images has come to. Nothing is
 written until so many minutes have passed or a signal comes; then all that would be lost is. Where no journal
 is in force (`keeping`), the same is computed and nothing kept.
+
+Several ranks take the same steps and share the images of each pass. The tensors that a step left on rank 0
+stand for all, since linear algebra does not repeat its last bits from process to process. Rank 0 writes, and
+no part of a pass.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from cryodrgn_pipeline import __version__
 from cryodrgn_pipeline.errors import InputFormatError, Interrupted
 from cryodrgn_pipeline.io.atomic import replacing
 from cryodrgn_pipeline.progress import checkpointed, progress
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.subspace.codec import Encoded, decoded, encoded, mapped, tensors_of
 from cryodrgn_pipeline.subspace.images import LevelImages
 
@@ -74,12 +79,24 @@ class Steps:
         return result
 
     def _pass(
-        self, what: str, images: LevelImages, done: int, each: Callable[[slice, FourierImages], None]
+        self,
+        what: str,
+        images: LevelImages,
+        done: int,
+        each: Callable[[slice, FourierImages], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        with progress(what, len(images), done=done, passing=True) as advance:
-            for part, chunk in images.chunks(done):
+        share = ranks.share(len(images))
+        with progress(what, share.stop - share.start, done=done, passing=True) as advance:
+            for part, chunk in images.chunks(done, ranks):
                 each(part, chunk)
                 advance(len(chunk))
+                if self._hurried():
+                    return
+
+    def _hurried(self) -> bool:
+        """Whether a pass is to end with the chunk that is done."""
+        return False
 
 
 class Rows:
@@ -129,6 +146,8 @@ class Journal(Steps):
         About as much work as may be lost.
     stop
         Once a signal has set it, everything is written and `Interrupted` raised.
+    ranks
+        Those that take the same steps, each with a journal on this folder.
     """
 
     def __init__(
@@ -140,8 +159,9 @@ class Journal(Steps):
         every_minutes: float,
         stop: StopRequest,
         device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.stack, self.device, self.stop = folder, stack, device, stop
+        self.folder, self.stack, self.device, self.stop, self.ranks = folder, stack, device, stop, ranks
         self.every_s = 60 * every_minutes
         self._kinds = {kind.__name__: kind for kind in kinds}
         self._frames = [_Frame("")]
@@ -182,7 +202,7 @@ class Journal(Steps):
     ) -> None:
         """Call `add` with the place and the data of each chunk of images: it adds to `sums`, in place."""
         path, done = self._enter(what), 0
-        found = self._read(path)
+        found = self._read(path) if self.ranks.size == 1 else None
         if found is not None:
             for total, value in zip(sums, found["sums"], strict=True):
                 total.copy_(value)
@@ -197,12 +217,14 @@ class Journal(Steps):
             self._write(path, encoded({"sums": list(sums), "done": done}))
 
         with self._passing(path, write):
-            self._pass(what, images, done, each)
+            self._pass(what, images, done, each, self.ranks)
+        self.ranks.sum_(*sums)
 
     def gathered(self, what: str, images: LevelImages, ask: Callable[[slice, FourierImages], T]) -> T:
         """What `ask` says of each chunk, as one: dataclasses or tuples of tensors with a row per image."""
-        path, rows, parts = self._enter(what), Rows(len(images)), 0
-        while (found := self._read(f"{path}@{parts}")) is not None:
+        share = self.ranks.share(len(images))
+        path, rows, parts = self._enter(what), Rows(share.stop - share.start), 0
+        while self.ranks.size == 1 and (found := self._read(f"{path}@{parts}")) is not None:
             rows.add(found["rows"])
             parts += 1
         written = rows.filled
@@ -214,8 +236,8 @@ class Journal(Steps):
                 parts, written = parts + 1, rows.filled
 
         with self._passing(path, write):
-            self._pass(what, images, written, lambda part, chunk: rows.add(ask(part, chunk)))
-        result: T = rows.of(slice(0, len(images)))
+            self._pass(what, images, written, lambda part, chunk: rows.add(ask(part, chunk)), self.ranks)
+        result: T = mapped(rows.of(slice(None)), self.ranks.gathered)
         return result
 
     def write(self) -> None:
@@ -226,6 +248,8 @@ class Journal(Steps):
         OSError
             If the disk is full; what was written before stays.
         """
+        if not self.ranks.leads:
+            return
         for path in list(self._unwritten):
             self._write(path, self._unwritten[path])
             del self._unwritten[path]
@@ -239,23 +263,36 @@ class Journal(Steps):
         checkpointed()
 
     def _look_up(self) -> None:
-        """Write if it is time, or if a signal asks for it: then nothing follows."""
-        if self.stop or time.monotonic() - self._written >= self.every_s:
+        """Write if it is time, or if a signal asks any rank for it: then nothing follows."""
+        signal_number = int(self.ranks.largest(self.stop.signal_number or 0)[0])
+        if signal_number or time.monotonic() - self._written >= self.every_s:
             self.write()
-        if self.stop.signal_number is not None:
-            raise Interrupted(self.stop.signal_number, SAVED)
+        if signal_number:
+            raise Interrupted(signal_number, SAVED)
+
+    def _hurried(self) -> bool:
+        if self.ranks.size > 1:
+            return bool(self.stop)  # then the ranks look up together
+        self._look_up()
+        return False
 
     def _pass(
-        self, what: str, images: LevelImages, done: int, each: Callable[[slice, FourierImages], None]
+        self,
+        what: str,
+        images: LevelImages,
+        done: int,
+        each: Callable[[slice, FourierImages], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        def each_and_look_up(part: slice, chunk: FourierImages) -> None:
-            each(part, chunk)
+        super()._pass(what, images, done, each, ranks)
+        if ranks.size > 1:
             self._look_up()
-
-        super()._pass(what, images, done, each_and_look_up)
 
     @contextmanager
     def _passing(self, path: str, write: Callable[[], None]) -> Iterator[None]:
+        if self.ranks.size > 1:
+            yield
+            return
         self._passes[path] = write
         try:
             yield
@@ -281,7 +318,7 @@ class Journal(Steps):
 
     def _keep(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
         # laid out as when it is read: the same sums later, to the last bit
-        laid_out: dict[str, Any] = mapped(value, Tensor.contiguous)
+        laid_out: dict[str, Any] = mapped(mapped(value, Tensor.contiguous), self.ranks.told)
         self._unwritten[path] = encoded(laid_out)
         self._look_up()
         return laid_out
@@ -302,7 +339,7 @@ class Journal(Steps):
 
     def _read(self, path: str) -> dict[str, Any] | None:
         file = self.folder / f"{path}{SUFFIX}"
-        if not file.is_file():
+        if not any(self.ranks.largest(self.ranks.leads and file.is_file())):
             return None
         try:
             with safe_open(file, framework="pt") as stored:
@@ -332,7 +369,8 @@ def keeping(journal: Journal) -> Iterator[None]:
         yield
     finally:
         _in_force.pop()
-    shutil.rmtree(journal.folder, ignore_errors=True)
+    if journal.ranks.leads:
+        shutil.rmtree(journal.folder, ignore_errors=True)
 
 
 def journal() -> Steps:

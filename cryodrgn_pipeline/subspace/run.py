@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryodrgn_pipeline.devices import use_threads
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, save_model
@@ -22,6 +24,7 @@ from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel
 from cryodrgn_pipeline.models.kernel import KernelModel
 from cryodrgn_pipeline.models.linear import LinearModel
 from cryodrgn_pipeline.progress import duration, recorded
+from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
 from cryodrgn_pipeline.subspace.em import Known, LevelState, SubspaceSettings
@@ -83,15 +86,14 @@ class Learnt:
     seen: Seen | None = None
 
 
-def train_subspace(request: SubspaceRequest) -> None:
+def train_subspace(request: SubspaceRequest, ranks: Ranks = ALONE) -> None:
     """Learn, then write latents, maps, log and manifest into the run folder.
 
-    A finished run of the same fingerprint is left as it is. Raises `InputFormatError` without poses or with
-    unknown ids, `TrainingError` when the folder is in use.
+    A finished run of the same fingerprint is left as it is. Ranks share the images; rank 0 writes. Raises
+    `InputFormatError` without poses or with unknown ids, `TrainingError` when the folder is in use.
     """
     started = time.monotonic()
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    use_threads(request.threads)
     stack, rows = stack_rows(request.stack, request.subset)
     if request.half_set is not None:
         stack = stack.with_half_noise(request.half_set)
@@ -106,15 +108,19 @@ def train_subspace(request: SubspaceRequest) -> None:
     if request.half_set is not None:
         described["noise_of_half_set"] = request.half_set
     fingerprint, run = digest(described), request.run
-    with only_writer(run), StopRequest().listening() as stop:
-        if finished(run, fingerprint):
+    with only_writer(run) if ranks.leads else nullcontext(), StopRequest().listening() as stop:
+        if any(ranks.largest(ranks.leads and finished(run, fingerprint))):
             log.info("%s: already trained with these images and settings, nothing to do", run)
             return
-        (run / MANIFEST).unlink(missing_ok=True)
         folder = CheckpointFolder(run, fingerprint)
-        folder.open(resume=request.resume)
-        with recorded(run), keeping(journal_of(request, stack, folder, stop)):
+        if ranks.leads:
+            (run / MANIFEST).unlink(missing_ok=True)
+            folder.open(resume=request.resume)
+        progress_file = recorded(run) if ranks.leads else nullcontext()
+        with progress_file, keeping(journal_of(request, stack, folder, stop, ranks)):
             fit, learnt = learn(request, stack, rows)
+            if not ranks.leads:
+                return
             seconds = time.monotonic() - started
             manifest = environment() | {
                 "method": described["method"],
@@ -125,6 +131,7 @@ def train_subspace(request: SubspaceRequest) -> None:
                 "epochs": len(fit.history),
                 "training_seconds": seconds,
                 "wall_seconds": seconds,
+                "processes": ranks.size,
             }
             write_learnt(run, stack.particles.particle_id[rows], fit, learnt, manifest)
         folder.close()
@@ -132,7 +139,7 @@ def train_subspace(request: SubspaceRequest) -> None:
 
 
 def journal_of(
-    request: SubspaceRequest, stack: Stack, folder: CheckpointFolder, stop: StopRequest
+    request: SubspaceRequest, stack: Stack, folder: CheckpointFolder, stop: StopRequest, ranks: Ranks
 ) -> Journal:
     """What a run keeps of its steps while it learns."""
     return Journal(
@@ -142,6 +149,7 @@ def journal_of(
         every_minutes=request.checkpoint_every_minutes,
         stop=stop,
         device=request.device,
+        ranks=ranks,
     )
 
 

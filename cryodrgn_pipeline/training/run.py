@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryodrgn_pipeline.devices import choose_device
+from cryodrgn_pipeline.devices import choose_device, use_threads
 from cryodrgn_pipeline.half_sets import split_held_out
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, TrainedModel, load_state, save_model
@@ -68,8 +67,7 @@ def train_vae(request: TrainingRequest) -> None:
     """
     settings = request.settings
     device = choose_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(max(1, settings.threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    use_threads(settings.threads)
     stack, rows = stack_rows(request.stack, request.subset)
     described = {
         "method": "vae",
@@ -110,16 +108,16 @@ def _train(
     from_subspace = request.model.encoder == "subspace" or request.model.decoder == "basis"
     if ranks.leads and from_subspace:
         start = Start.load(folder.path, fingerprint)
-        if start is None:
-            subspace = _of_subspace(request)
-            with keeping(journal_of(subspace, stack, folder, stop)):
-                start = learn_start(subspace, stack, rows, request.model, fingerprint, folder.path)
     resuming, started_from = ranks.largest(state is not None, start is not None)
     if not ranks.leads:  # rank 0 has put in order what the others read
         state = load_state(folder.state_file) if resuming else None
         start = Start.load(folder.path, fingerprint) if started_from else None
     if from_subspace and start is None:
-        return
+        subspace = _of_subspace(request)
+        with keeping(journal_of(subspace, stack, folder, stop, ranks)):
+            start = learn_start(subspace, stack, rows, request.model, fingerprint, folder.path, ranks)
+        if start is None:
+            return
     data = TrainingData(
         stack,
         rows,

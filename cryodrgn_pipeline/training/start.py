@@ -17,6 +17,7 @@ from cryodrgn_pipeline.io.checkpoints import load_model, load_state, save_model,
 from cryodrgn_pipeline.io.manifest import environment
 from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.vae import VaeConfig
+from cryodrgn_pipeline.ranks import Ranks
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen
 from cryodrgn_pipeline.subspace.fit import Fit
@@ -116,8 +117,9 @@ def learn_start(
     model: VaeConfig,
     fingerprint: str,
     folder: Path,
+    ranks: Ranks,
 ) -> Start | None:
-    """Learn the default model and keep it in the folder of checkpoints.
+    """Learn the default model and keep it in the folder of checkpoints; rank 0 writes.
 
     Where held-out images support no component there is nothing to start from: the run is written as it then
     is, the mean map with z = 0, and the result is None.
@@ -127,8 +129,11 @@ def learn_start(
     described = about(request, stack, fit)
     if isinstance(learnt.model, BasisModel):
         start = Start.of(fit, learnt, described)
-        start.save(folder, fingerprint)
+        if ranks.leads:
+            start.save(folder, fingerprint)
         return start
+    if not ranks.leads:
+        return None
     log.warning(
         "no component is supported by held-out images: the model is the mean map, z is 0, and there is "
         "nothing for encoder %s and decoder %s to learn",
