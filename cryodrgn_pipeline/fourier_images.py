@@ -120,9 +120,8 @@ def stream(
     device = plane.kx.device
     particles, p = stack.particles, stack.pixel_size_a
     poses = particles.require_poses("reconstruction")
-    group_row = np.array(
-        [groups[int(group)] for group in particles.optics.optics_group[rows]], dtype=np.int64
-    )
+    found, place = np.unique(particles.optics.optics_group[rows], return_inverse=True)
+    group_row = np.array([groups[int(group)] for group in found], dtype=np.int64)[place]
     chunk = max(1, CHUNK_BYTES // (4 * stack.box_size_px**2))
     starts = range(first, len(rows), chunk)
     with ThreadPoolExecutor(max_workers=1) as reader:

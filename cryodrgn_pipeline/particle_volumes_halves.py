@@ -31,6 +31,7 @@ from cryodrgn_pipeline.particle_volumes_sums import accumulate_targets
 from cryodrgn_pipeline.progress import duration, progress
 from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack
+from cryodrgn_pipeline.subspace.em import LEARN_FROM
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def own_halves(run: Path, latent_dim: int) -> OwnHalves:
         If the run's stack is missing, or holds particles of one half set only.
     """
     stack, manifest = stack_of(run, None), read_json(run / "run.json")
+    settings = manifest.get("settings", {})
     particle_id = read_latents(run).particle_id
     half, source = half_sets(stack.particles)
     half = half[rows_in(stack, particle_id, run)]
@@ -97,7 +99,8 @@ def own_halves(run: Path, latent_dim: int) -> OwnHalves:
                     subset=run / "halves" / f"{own.name}.txt",
                     latent_dim=latent_dim,
                     decoder="linear",
-                    seed=int(manifest.get("settings", {}).get("seed", 0)),
+                    learn_from=int(settings.get("learn_from", LEARN_FROM)),
+                    seed=int(settings.get("seed", 0)),
                     half_set=number,
                 )
             )

@@ -315,6 +315,7 @@ def train_options(wildcards):
         "encoder": "--encoder",
         "decoder": "--decoder",
         "latent_dim": "--latent-dim",
+        "learn_from": "--learn-from",
         "epochs": "--epochs",
         "batch_size": "--batch-size",
         "learning_rate": "--learning-rate",

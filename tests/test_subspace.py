@@ -21,13 +21,20 @@ from cryodrgn_pipeline.io.checkpoints import load_model, save_model
 from cryodrgn_pipeline.io.runs import read_columns, read_latents
 from cryodrgn_pipeline.models.basis import BasisModel
 from cryodrgn_pipeline.models.linear import LinearModel, factors
-from cryodrgn_pipeline.subspace import fit
-from cryodrgn_pipeline.subspace.em import whitened
+from cryodrgn_pipeline.subspace import em, fit
+from cryodrgn_pipeline.subspace import maps as final_maps
+from cryodrgn_pipeline.subspace.em import accumulate, whitened
 from cryodrgn_pipeline.subspace.fit import supported_components
 from cryodrgn_pipeline.subspace.images import level_plane
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
-from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack, unpack
+from cryodrgn_pipeline.subspace.sums import (
+    InnerProducts,
+    NormalEquations,
+    inner_products,
+    pack,
+    unpack,
+)
 from cryodrgn_pipeline.subspace.support import support_mask
 
 BOX = 16
@@ -282,6 +289,27 @@ def test_images_that_did_not_make_the_coarse_maps_are_placed_all_the_same(
     monkeypatch.setattr(fit, "COARSE_IMAGES", 900)
     run(f"train {learnt}/stack --method subspace -o {learnt}/some")
     scores = latent_scores(learnt / "some", read_truth(learnt / "set"))
+    assert scores["particles"] == 1500
+    assert scores["r2"]["motion"] > 0.9
+    assert scores["r2"]["occupancy"] > 0.9
+
+
+def test_few_images_teach_subspace_and_maps_and_all_are_placed(
+    learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed: dict[str, list[int]] = {"em": [], "maps": []}
+    for module in (em, final_maps):
+        counts = summed[module.__name__.rpartition(".")[2]]
+
+        def counted(images, *arguments, counts=counts, **options):
+            counts.append(len(images))
+            return accumulate(images, *arguments, **options)
+
+        monkeypatch.setattr(module, "accumulate", counted)
+    run(f"train {learnt}/stack --method subspace --learn-from 900 -o {learnt}/few")
+    assert set(summed["em"]) == {900}
+    assert summed["maps"] == [900]
+    scores = latent_scores(learnt / "few", read_truth(learnt / "set"))
     assert scores["particles"] == 1500
     assert scores["r2"]["motion"] > 0.9
     assert scores["r2"]["occupancy"] > 0.9

@@ -88,7 +88,8 @@ def test_images_ask_for_the_offsets_that_they_have(offset) -> None:
     for _ in range(3):  # Gauss-Newton
         products = inner_products(columns, lattice.size, poses.applied(images, slice(0, COUNT)), weight)
         _, answer = marginalised(products, poses, slice(0, COUNT))
-        poses = poses.answered(answer, torch.zeros(COUNT, 0, dtype=torch.float64))
+        nowhere = torch.zeros(COUNT, 0, dtype=torch.float64)
+        poses = poses.after(poses.step(answer, nowhere, slice(0, COUNT)))
     assert left_of(poses.applied(images, slice(0, COUNT)), volume) < 1e-3 * left_of(images, volume)
     assert (poses.offset - offset)[:, :3].abs().max() < np.deg2rad(0.2)
 
@@ -121,7 +122,7 @@ def test_an_offset_that_is_known_already_is_not_counted_twice(offset) -> None:
     poses = PoseOffsets(offset=offset, shift_spread=0.1)
     products = inner_products(columns, lattice.size, images, weight)
     _, answer = marginalised(products, poses, slice(0, COUNT))
-    after = poses.answered(answer, torch.zeros(COUNT, 0, dtype=torch.float64))
+    after = poses.step(answer, torch.zeros(COUNT, 0, dtype=torch.float64), slice(0, COUNT))
     assert after.offset.abs().max() < 1e-3 * offset.abs().max()  # back to the prior
 
 

@@ -115,7 +115,8 @@ def test_training_lowers_the_held_out_loss(request_for):
     [{}, {"frequency_marching": 2, "model": replace(MODEL, loss="whitened", encoder_filter="wiener")}],
 )
 def test_an_interrupted_training_resumes_to_the_same_weights_and_metrics(request_for, monkeypatch, options):
-    monkeypatch.setattr("cryodrgn_pipeline.training.data.READ_ROWS", 8)
+    monkeypatch.setattr("cryodrgn_pipeline.training.windows.CHUNK_BYTES", 8 * 1024)
+    monkeypatch.setattr("cryodrgn_pipeline.training.windows.WINDOW_BYTES", 24 * 1024)
     whole = request_for(**options)
     broken = replace(whole, run=whole.run.with_name("broken"))
     train_vae(whole)
@@ -383,19 +384,6 @@ def test_coefficients_are_normalised_by_one_sigma_that_a_resume_keeps(tiny_set):
     power = data.batch(np.arange(96)).coefficients.abs().square().mean()
     torch.testing.assert_close(power, torch.tensor(1.0))
     assert trainer_on(tiny_set / "stack", scale=2.5).data.scale == 2.5
-
-
-def test_an_epoch_sees_every_image_once_in_an_order_fixed_by_the_seed(tiny_set, monkeypatch):
-    monkeypatch.setattr("cryodrgn_pipeline.training.data.READ_ROWS", 8)
-    monkeypatch.setattr("cryodrgn_pipeline.training.data.SHUFFLE_CHUNKS", 3)
-    data = trainer_on(tiny_set / "stack").data
-    rows = np.arange(96)
-    order = data.epoch_order(rows, 0, 1)
-    assert sorted(order) == rows.tolist()
-    assert order.tolist() != data.epoch_order(rows, 0, 2).tolist()
-    assert len(set(order[:24] // 8)) == 3  # read in long runs: three chunks before the next three
-    lazy = trainer_on(tiny_set / "stack", in_memory=False).data
-    assert order.tolist() == lazy.epoch_order(rows, 0, 1).tolist()
 
 
 def test_a_signal_while_losses_are_in_flight_saves_them_all(tiny_set, monkeypatch):

@@ -32,6 +32,10 @@ def train(
     subset: Annotated[
         Path | None, typer.Option(help="Use only these particles: a file of ids, one a line.")
     ] = None,
+    learn_from: Annotated[
+        int,
+        typer.Option(min=1, help="Particles that subspace and maps are learnt from at most; all are placed."),
+    ] = 200_000,
     epochs: Annotated[int, typer.Option(help="Passes over the particles.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
@@ -109,10 +113,10 @@ def train(
     Writes latent.parquet, model.safetensors, metrics.jsonl and run.json into the run folder. SIGTERM saves a
     checkpoint and ends; the same command with --resume goes on, to the same result.
 
-    The subspace and the default model take --latent-dim, --subset, --seed, --device and --threads; --decoder
-    basis also --held-out-fraction. With --encoder image or --decoder mlp the model is trained epoch by epoch.
-    Then --encoder-… is for --encoder image; --decoder-…, --positional-encoding, --domain, --mask-radius,
-    --loss, --coordinate-fraction and --frequency-marching are for --decoder mlp.
+    The subspace and the default model take --latent-dim, --subset, --learn-from, --seed, --device and
+    --threads; --decoder basis also --held-out-fraction. With --encoder image or --decoder mlp the model is
+    trained epoch by epoch. Then --encoder-… is for --encoder image; --decoder-…, --positional-encoding,
+    --domain, --mask-radius, --loss, --coordinate-fraction and --frequency-marching are for --decoder mlp.
 
     Several --processes and --nodes give the same model: they share the images of each pass or batch.
 
@@ -143,6 +147,7 @@ def train(
             run=run,
             subset=subset,
             latent_dim=latent_dim,
+            learn_from=learn_from,
             decoder="linear" if method == "subspace" else decoder,
             held_out_fraction=held_out_fraction,
             seed=seed,
@@ -166,6 +171,7 @@ def train(
     from cryodrgn_pipeline.training.settings import TrainingSettings
 
     settings = TrainingSettings(
+        learn_from=learn_from,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

@@ -70,10 +70,10 @@ class Consensus(Section):
 
 
 class Train(Section):
-    """The latent model and its training; the default takes latent_dim and seed only."""
+    """The latent model and its training; the default takes latent_dim, learn_from and seed only."""
 
     method: Literal["vae", "subspace"] = Field(
-        "vae", description="vae, or subspace: linear; takes latent_dim and seed only"
+        "vae", description="vae, or subspace: linear; takes latent_dim, learn_from and seed only"
     )
     encoder: Literal["subspace", "image"] = Field(
         "subspace", description="what the vae's encoder reads: the posterior in the subspace, or the image"
@@ -83,6 +83,9 @@ class Train(Section):
         description="maps in the subspace by a kernel or by a network (basis); mlp: a coordinate network",
     )
     latent_dim: Count = Field(8, description="dimensions of z")
+    learn_from: Count = Field(
+        200_000, description="particles that subspace and maps are learnt from at most; all are placed"
+    )
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
     batch_size: Count = Field(16, description="images per step")
     learning_rate: Positive = Field(1e-4, description="of Adam; YAML wants the point in 1.0e-4")

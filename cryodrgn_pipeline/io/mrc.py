@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ DTYPE_OF_MODE = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 MODE_OF_DTYPE = {"float32": 2, "float16": 12}
 LITTLE_ENDIAN_STAMP = (0x44, 0x41, 0, 0)
 LARGEST_PLAUSIBLE_MODE = 127
+GAP_BYTES, RUN_BYTES = 2**20, 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +164,42 @@ class MrcImages:
         for start, stop in zip(starts, np.append(starts[1:], len(index)), strict=True):
             self._read_run(int(index[start]), out[start:stop])
 
-    def _read_run(self, first: int, out: NDArray[np.float32]) -> None:
+    def read_stored(self, index: NDArray[np.integer[Any]]) -> NDArray[Any]:
+        """Images of rising 0-based numbers in the type of the file, `(n, ny, nx)`: for many, in long runs.
+
+        Gaps of less than a MiB between images are read through: seeking costs a parallel file system more.
+        """
         header = self.header
-        same = header.dtype == np.dtype(np.float32)  # in the machine's own byte order
-        raw = out if same else np.empty(out.shape, header.dtype)
+        if len(index) and not (index[0] >= 0 and index[-1] < len(self) and (np.diff(index) > 0).all()):
+            raise ValueError(f"{self.path}: rising image numbers from 0 to {len(self) - 1} expected")
+        out = np.empty((len(index), header.ny, header.nx), dtype=header.dtype)
+        gap = 1 + GAP_BYTES // header.image_bytes
+        starts = np.flatnonzero(np.diff(index, prepend=-gap - 1) > gap).tolist()
+        most = max(1, RUN_BYTES // header.image_bytes)
+        for start, end in pairwise([*starts, len(index)]):
+            while start < end:
+                first = int(index[start])
+                stop = min(end, int(np.searchsorted(index, first + most)))
+                count = int(index[stop - 1]) + 1 - first
+                if count == stop - start:
+                    self._fill(first, out[start:stop])
+                else:
+                    run = np.empty((count, header.ny, header.nx), dtype=header.dtype)
+                    self._fill(first, run)
+                    out[start:stop] = run[index[start:stop] - first]
+                start = stop
+        return out
+
+    def _read_run(self, first: int, out: NDArray[np.float32]) -> None:
+        same = self.header.dtype == np.dtype(np.float32)  # in the machine's own byte order
+        raw = out if same else np.empty(out.shape, self.header.dtype)
+        self._fill(first, raw)
+        if not same:
+            out[...] = raw
+
+    def _fill(self, first: int, raw: NDArray[Any]) -> None:
+        """Read neighbours from number `first` into `(n, ny, nx)` memory of the file's type."""
+        header = self.header
         target = raw.view(np.uint8).data.cast("B")
         offset, done = header.data_offset + first * header.image_bytes, 0
         while done < len(target):
@@ -177,8 +211,6 @@ class MrcImages:
                     f"{offset + len(target)} were asked for"
                 )
             done += count
-        if not same:
-            out[...] = raw
 
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""

@@ -28,10 +28,11 @@ from cryodrgn_pipeline.subspace.em import (
     look,
 )
 from cryodrgn_pipeline.subspace.fit import Fit, metric_rows
-from cryodrgn_pipeline.subspace.journal import journal
+from cryodrgn_pipeline.subspace.journal import Rows, journal
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.subspace.solve import solve
+from cryodrgn_pipeline.subspace.sums import InnerProducts, pack
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ PASSES = 60  # over the particles in a round, within these limits
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 SAMPLES = 8  # of z, for the moments of the factors
+ROWS_AT_ONCE = 65_536  # images that pass through the networks together
 
 
 @dataclass(slots=True)
@@ -166,7 +168,17 @@ def seen_of(
     level: LevelState, poses: PoseOffsets | None, where: Posterior, settings: SubspaceSettings
 ) -> Seen:
     """What images that lie there say about the maps of a level: one pass."""
-    products, _ = look(level, poses, settings)
+    coefficients = level.images.coefficients
+    return look(
+        level,
+        poses,
+        settings,
+        lambda part, products, answer: seen_in(products, where.part(part), coefficients),
+    )
+
+
+def seen_in(products: InnerProducts, where: Posterior, coefficients: int) -> Seen:
+    """The same of images with these inner products, of so many coefficients."""
     squared = where.scale**2 + where.scale_variance
     return Seen(
         features=posterior_features(where.z, where.covariance),
@@ -174,7 +186,7 @@ def seen_of(
         inner=(products.inner * where.scale[:, None]).float(),
         power=products.power.float(),
         known=products.gain.float(),
-        coefficients=level.images.coefficients,
+        coefficients=coefficients,
     )
 
 
@@ -192,14 +204,27 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 @torch.no_grad()
 def encoded(vae: BasisVae, seen: Seen) -> BasisLatents:
     """Where all images lie, and what is left of them there."""
-    mean, log_variance = vae.encode(seen.features)
+    rows = Rows(len(seen.power))
+    for part in _parts(rows.count):
+        rows.add(_encoded(vae, seen, part))
+    latents: BasisLatents = rows.of(slice(0, rows.count))
+    return latents
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """So many images in parts whose networks' activations take little memory."""
+    return (slice(at, min(at + ROWS_AT_ONCE, count)) for at in range(0, count, ROWS_AT_ONCE))
+
+
+def _encoded(vae: BasisVae, seen: Seen, part: slice) -> BasisLatents:
+    mean, log_variance = vae.encode(seen.features[part])
     factors = vae.factors(mean)
-    gain = seen.gain(factors, slice(None))
+    gain = seen.gain(factors, part)
     return BasisLatents(
         z=mean,
         std=(log_variance / 2).exp(),
         factors=factors,
-        loss=(seen.power - 2 * gain) / seen.coefficients,
+        loss=(seen.power[part] - 2 * gain) / seen.coefficients,
         evidence=gain - divergence(mean, log_variance),
     )
 
@@ -214,22 +239,26 @@ def _solve_maps(
     generator: torch.Generator,
 ) -> None:
     """M-step: the maps that explain the images best with the factors that the network gives."""
-    where, state = fit.posterior, fit.level
-    second = torch.zeros(*latents.factors.shape, latents.factors.shape[1])
+    where, state, images = fit.posterior, fit.level, fit.level.images
+    maps = latents.factors.shape[1]
+    second = torch.zeros(len(latents.z), maps * (maps + 1) // 2)
     for _ in range(SAMPLES):
         drawn = torch.randn(latents.z.shape, generator=generator)
-        factors = vae.factors(latents.z + drawn * latents.std)
-        second += factors[:, :, None] * factors[:, None] / SAMPLES
-    squared = (where.scale**2 + where.scale_variance) * learnt
+        for part in _parts(len(drawn)):
+            sampled = vae.factors(latents.z[part] + drawn[part] * latents.std[part])
+            second[part] += pack(sampled[:, :, None] * sampled[:, None]) / SAMPLES
+    expected = latents.factors
+    if fit.taught is not None:
+        images, where, learnt = images.of(fit.taught.numpy()), where.part(fit.taught), learnt[fit.taught]
+        expected, second = expected[fit.taught], second[fit.taught]
 
-    def maps() -> Tensor:
-        back, normal = accumulate(
-            state.images,
-            state.lattice,
-            latents.factors * (where.scale * learnt)[:, None],
-            second * squared[:, None, None],
-            settings,
-        )
+    def factors(part: slice) -> tuple[Tensor, Tensor]:
+        here, used = where.part(part), learnt[part]
+        squared = (here.scale**2 + here.scale_variance) * used
+        return expected[part] * (here.scale * used)[:, None], second[part] * squared[:, None]
+
+    def solved() -> Tensor:
+        back, normal = accumulate(images, state.lattice, maps, factors, settings)
         prior = component_shares(len(state.maps) - 1, settings)[:, None] * state.mean_power
         return solve(
             state.lattice,
@@ -241,7 +270,7 @@ def _solve_maps(
             kernel=settings.kernel,
         )
 
-    state.maps = journal().once("maps", maps)
+    state.maps = journal().once("maps", solved)
 
 
 def _summary(fit: Fit, latents: BasisLatents, held_out: Tensor, number: int) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +16,19 @@ from cryodrgn_pipeline.fourier_images import FourierImages
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.journal import journal
-from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, marginalised, moves
+from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets, PoseStep, marginalised, moves
 from cryodrgn_pipeline.subspace.posterior import Posterior, posterior
 from cryodrgn_pipeline.subspace.solve import Lattice, solve
 from cryodrgn_pipeline.subspace.sums import InnerProducts, NormalEquations, inner_products, pack
 from cryodrgn_pipeline.subspace.support import support_mask
 
 SMALLEST_SCALE_SPREAD, LARGEST_SCALE_SPREAD = 0.01, 0.5
+LEARN_FROM = 200_000
+
+T = TypeVar("T")
+
+# Of a slice of the images: the factor of each map E[a] `(B, K)`, and E[a aᵀ] packed `(B, K(K+1)/2)`.
+Factors = Callable[[slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +36,9 @@ class SubspaceSettings:
     """`max_components` are tried, those that held-out images support are kept; iterations per level are
     those of alternating least squares, of EM at the coarsest level and of EM at each finer one.
     `component_prior` is the power of a component, per shell, as a share of the mean map's; `pose_offsets`:
-    ask the images whether their poses are right. Sums over images are made on `device`, by `kernel`.
+    ask the images whether their poses are right. At most `learn_from` images, a random choice, teach the
+    subspace and make the maps; all are placed in it. Sums over images are made on `device`, by
+    `kernel`.
     """
 
     max_components: int = 8
@@ -43,6 +52,7 @@ class SubspaceSettings:
     pose_offsets: bool = True
     white_noise: bool = False
     seed: int = 0
+    learn_from: int = LEARN_FROM
     kernel: str = "auto"
     device: str = "cpu"
 
@@ -75,21 +85,19 @@ class Known:
 def accumulate(
     images: LevelImages,
     lattice: Lattice,
-    linear: Tensor,
-    second: Tensor,
+    maps: int,
+    factors: Factors,
     settings: SubspaceSettings,
     *,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What `solve` needs of all images with factors `(N, K)` and their second moments `(N, K, K)`."""
+    """What `solve` needs of all images; second moments are made a chunk at a time, and never held."""
     device = lattice.device
-    sums = NormalEquations(
-        lattice.box_size_px, linear.shape[1], exact=exact, kernel=settings.kernel, device=device
-    )
-    packed = pack(second)
+    sums = NormalEquations(lattice.box_size_px, maps, exact=exact, kernel=settings.kernel, device=device)
 
     def add(part: slice, chunk: FourierImages) -> None:
-        sums.add(chunk, images.weight, linear[part].to(device), packed[part].to(device))
+        linear, second = factors(part)
+        sums.add(chunk, images.weight, linear.to(device), second.to(device))
 
     what = f"{lattice.box_size_px} px: sums over images"
     journal().summed(what, images, (sums.right, sums.normal), add)
@@ -117,7 +125,11 @@ def start_level(
     images = level_images(stack, rows, level_px, settings).posed(poses)
     lattice = Lattice(level_px, device=settings.device)
     ones = used[:, None].double()
-    back, normal = accumulate(images, lattice, ones, ones[:, None], settings, exact=exact)
+
+    def factors(part: slice) -> tuple[Tensor, Tensor]:
+        return ones[part], ones[part]
+
+    back, normal = accumulate(images, lattice, 1, factors, settings, exact=exact)
     power = 1e3 / lattice.mean_weight(normal[:, 0])[None].expand(1, level_px // 2 + 1)  # next to no prior
     mean = torch.zeros(0)
     for round_number in range(3):
@@ -132,18 +144,53 @@ def start_level(
 
 
 def look(
-    state: LevelState, poses: PoseOffsets | None, settings: SubspaceSettings
-) -> tuple[InnerProducts, PoseAnswer | None]:
-    """What all images say about the maps, pose offsets integrated out, and about those: one pass."""
+    state: LevelState,
+    poses: PoseOffsets | None,
+    settings: SubspaceSettings,
+    says: Callable[[slice, InnerProducts, PoseAnswer | None], T],
+) -> T:
+    """One pass over the images, whose chunks are asked about the maps: what `says` makes of the answers.
+
+    Parameters
+    ----------
+    says
+        Called with the place of a chunk, what its images say about the maps, pose offsets integrated out, and
+        what about those; gives dataclasses or tuples of tensors with a row per image, of all as one.
+    """
     lattice, images = state.lattice, state.images
     maps = state.maps if poses is None else torch.cat([state.maps, moves(state.maps[0] * lattice.mask)])
     columns = lattice.columns(maps)
 
-    def ask(part: slice, chunk: FourierImages) -> tuple[InnerProducts, PoseAnswer | None]:
+    def ask(part: slice, chunk: FourierImages) -> T:
         products = inner_products(columns, lattice.size, chunk, images.weight, kernel=settings.kernel)
-        return (products, None) if poses is None else marginalised(products, poses, part)
+        answer = None
+        if poses is not None:
+            products, answer = marginalised(products, poses, part)
+        return says(part, products, answer)
 
     return journal().gathered(f"{lattice.box_size_px} px: where images lie", images, ask)
+
+
+def products_of(state: LevelState, poses: PoseOffsets | None, settings: SubspaceSettings) -> InnerProducts:
+    """What all images say about the maps, 8 K² bytes an image: for a bounded number of them."""
+    return look(state, poses, settings, lambda part, products, answer: products)
+
+
+def place(
+    state: LevelState, poses: PoseOffsets | None, scale_spread: float, settings: SubspaceSettings
+) -> tuple[Posterior, PoseStep | None]:
+    """Where all images lie, and where their pose offsets would then be: one pass."""
+    coefficients = state.images.coefficients
+
+    def says(
+        part: slice, products: InnerProducts, answer: PoseAnswer | None
+    ) -> tuple[Posterior, PoseStep | None]:
+        where = posterior(products, coefficients, scale_spread)
+        if poses is None or answer is None:
+            return where, None
+        return where, poses.step(answer, where.z, part)
+
+    return look(state, poses, settings, says)
 
 
 def iterate(
@@ -183,13 +230,12 @@ def iterate(
             state, known.posterior, learnt, settings, start=state.maps if warm else None
         ),
     )
-    products, answer = look(state, known.poses, settings)
     spread, poses = known.scale_spread, known.poses
-    where = posterior(products, state.images.coefficients, 0 if points_only else spread)
+    where, step = place(state, poses, 0 if points_only else spread, settings)
     if points_only:
         where.covariance.zero_()
-    elif poses is not None and answer is not None:
-        poses = poses.answered(answer, where.z).centred(answer, learnt)
+    elif poses is not None and step is not None:
+        poses = poses.after(step).centred(step, learnt)
         state.images = state.images.posed(poses)
     where, state.maps = whitened(where, state.maps, learnt)
     if spread and not points_only:
@@ -209,9 +255,12 @@ def solve_components(
     start: Tensor | None = None,
 ) -> Tensor:
     """M-step: the maps `(J+1, D, D, D)` that explain the images best where these now lie."""
-    linear, second = where.factors()
-    linear, second = linear * learnt[:, None], second * learnt[:, None, None]
-    back, normal = accumulate(state.images, state.lattice, linear, second, settings)
+
+    def factors(part: slice) -> tuple[Tensor, Tensor]:
+        linear, second = where.part(part).factors()
+        return linear * learnt[part, None], pack(second) * learnt[part, None]
+
+    back, normal = accumulate(state.images, state.lattice, 1 + where.z.shape[1], factors, settings)
     prior = component_shares(where.z.shape[1], settings)[:, None] * state.mean_power
     return solve(
         state.lattice,

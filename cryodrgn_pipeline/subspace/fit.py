@@ -28,7 +28,8 @@ from cryodrgn_pipeline.subspace.em import (
     SubspaceSettings,
     iterate,
     level_images,
-    look,
+    place,
+    products_of,
     start_level,
 )
 from cryodrgn_pipeline.subspace.journal import journal
@@ -53,6 +54,7 @@ class Fit:
 
     `iterations`: rows that the log will have. `gains` of held-out log evidence with 1 … J components, and how
     many components they support; `pose_gain` of offsets, with its standard error, where they were tried.
+    `taught`: which images subspace and maps are learnt from; None: all.
     """
 
     known: Known
@@ -62,6 +64,7 @@ class Fit:
     gains: list[tuple[float, float]] = field(default_factory=list)
     supported: int = 0
     pose_gain: tuple[float, float] | None = None
+    taught: Tensor | None = None
 
     @property
     def posterior(self) -> Posterior:
@@ -91,12 +94,22 @@ def fit_subspace(
     if len(rows) == 0:
         raise ValueError("no particles to learn from")
     first, *finer = levels_of(stack.box_size_px)
-    some = np.sort(np.random.default_rng([settings.seed, 2]).permutation(len(rows))[:COARSE_IMAGES])
+    everything, taught = rows, _some(len(rows), settings.learn_from, [settings.seed, 3])
+    if len(taught) < len(everything):
+        rows = rows[taught]
+        report(f"{len(rows)} of {len(everything)} images teach the subspace; then all are placed in it")
+    some = _some(len(rows), COARSE_IMAGES, [settings.seed, 2])
     coarse = journal().once("coarse", lambda: _coarse_fit(stack, rows[some], first, settings, report))
     steps: list[Callable[[Fit], Fit]] = []
     if len(some) < len(rows):
         steps.append(lambda fit: _place(fit, stack, rows, some, settings))
     steps += [partial(_refine, stack, rows, level_px, settings, report) for level_px in finer]
+    if len(taught) < len(everything):
+        steps.append(
+            lambda fit: replace(
+                _place(fit, stack, everything, taught, settings), taught=torch.from_numpy(taught)
+            )
+        )
     return journal().loop("levels", coarse, steps)
 
 
@@ -122,6 +135,11 @@ def _refine(
     )
     steps = [partial(iteration, number) for number in range(settings.fine_iterations)]
     return journal().loop("iterations", fit, steps)
+
+
+def _some(count: int, most: int, seed: list[int]) -> NDArray[np.int64]:
+    """At most so many of `count` images, drawn at random, in rising order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def _coarse_fit(
@@ -187,7 +205,7 @@ def _coarse_run(
 
     numbers = range(settings.als_iterations + settings.coarse_iterations)
     fit = journal().loop("iterations", fit, [partial(iteration, number) for number in numbers])
-    products, _ = look(fit.level, fit.known.poses, settings)
+    products = products_of(fit.level, fit.known.poses, settings)
     coefficients, spread = start.images.coefficients, fit.known.scale_spread
     fit.supported, fit.gains = supported_components(products, coefficients, spread, held_out)
     report(f"{fit.supported} of {j} components are supported by held-out images")
@@ -207,10 +225,9 @@ def _place(
     def look_once(known: Known) -> Known:
         poses = known.poses
         level.images = images.posed(poses)
-        products, answer = look(level, poses, settings)
-        where = posterior(products, images.coefficients, known.scale_spread)
-        if poses is not None and answer is not None:
-            poses = poses.answered(answer, where.z)
+        where, step = place(level, poses, known.scale_spread, settings)
+        if poses is not None and step is not None:
+            poses = poses.after(step)
         return replace(known, posterior=where, poses=poses)
 
     poses = fit.known.poses

@@ -72,6 +72,12 @@ class LevelImages:
         other.poses = poses
         return other
 
+    def of(self, chosen: NDArray[np.int64]) -> LevelImages:
+        """Some of these images, by their place in `rows`."""
+        other = self.posed(None if self.poses is None else self.poses.of(chosen))
+        other.rows, other._kept = self.rows[chosen], []
+        return other
+
     @property
     def coefficients(self) -> int:
         """How many real numbers of an image are seen."""

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from cryodrgn_pipeline.models.kernel import KernelFunctions, KernelModel
 from cryodrgn_pipeline.stack import Stack
-from cryodrgn_pipeline.subspace.basis import Seen, seen_of
-from cryodrgn_pipeline.subspace.em import SubspaceSettings
+from cryodrgn_pipeline.subspace.basis import Seen, seen_in
+from cryodrgn_pipeline.subspace.em import SubspaceSettings, look
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.maps import maps_of, regressed_maps
 from cryodrgn_pipeline.subspace.memory import affordable
 from cryodrgn_pipeline.subspace.placing import kept_subspace
-from cryodrgn_pipeline.subspace.sums import pack, pairs
+from cryodrgn_pipeline.subspace.poses import PoseAnswer
+from cryodrgn_pipeline.subspace.sums import InnerProducts, pack, pairs
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,11 @@ def kernel_model(
     axes = _axes(placing, where.z[sample], latent_dim)
 
     def places() -> KernelLatents:
-        seen = seen_of(fit.level, fit.known.poses, where, settings)
-        return placed(seen, where.z, functions, axes, own=chosen)
+        def says(part: slice, products: InnerProducts, _: PoseAnswer | None) -> KernelLatents:
+            seen = seen_in(products, where.part(part), fit.level.images.coefficients)
+            return placed(seen, where.z[part], functions, axes, own=chosen - part.start)
+
+        return look(fit.level, fit.known.poses, settings, says)
 
     latents = journal().once("places", places)
     report(
@@ -140,13 +144,15 @@ def placed(
     axes
         `(J, d)`, from places to coordinates.
     own
-        `(M,)` which image each landmark is: its own place counts once. None: the images are new.
+        `(M,)` which image each landmark is, if it is one of these: its own place counts once. None: the
+        images are new.
     """
     landmarks, factors = functions.landmarks, functions.at(functions.landmarks)
     double = torch.tensor([1.0 if j == k else 2.0 for j, k in pairs(factors.shape[1])], dtype=torch.float64)
     itself = torch.full((len(place),), -1)
     if own is not None:
-        itself[own] = torch.arange(len(own))
+        here = (own >= 0) & (own < len(place))
+        itself[own[here]] = here.nonzero()[:, 0]
 
     def packed(values: Tensor) -> Tensor:
         return pack(values[:, :, None] * values[:, None]) * double

@@ -24,6 +24,7 @@ from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.journal import journal
 from cryodrgn_pipeline.subspace.memory import BUDGET_BYTES, affordable, required_bytes
 from cryodrgn_pipeline.subspace.solve import solve
+from cryodrgn_pipeline.subspace.sums import pack
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,15 @@ def regressed_maps(
     shares
         `(K,)` prior power of each map as a share of the mean map's.
     """
-    d, used = stack.box_size_px, ~fit.posterior.is_noise
+    d = stack.box_size_px
     if fit.level.lattice.box_size_px != d:
+        used, poses = ~fit.posterior.is_noise, fit.known.poses
+        if fit.taught is not None:
+            rows, used = rows[fit.taught.numpy()], used[fit.taught]
+            poses = None if poses is None else poses.of(fit.taught.numpy())
         fit.level = journal().once(
             "mean map",
-            lambda: start_level(stack, rows, d, used, fit.known.poses, settings, exact=iterations > 0),
+            lambda: start_level(stack, rows, d, used, poses, settings, exact=iterations > 0),
         )
     return journal().once("maps", lambda: maps_of(fit.level, fit, weights, shares, iterations, settings))
 
@@ -126,11 +131,19 @@ def maps_of(
     settings: SubspaceSettings,
 ) -> Tensor:
     """The same at the box of a level: `(K, d, d, d)`."""
-    where = fit.posterior
-    squared = (where.scale**2 + where.scale_variance) * ~where.is_noise
-    second = weights[:, :, None] * weights[:, None] * squared[:, None, None]
-    linear = weights * (where.scale * ~where.is_noise)[:, None]
-    back, normal = accumulate(state.images, state.lattice, linear, second, settings, exact=iterations > 0)
+    images, where = state.images, fit.posterior
+    if fit.taught is not None:
+        images = images if len(images) == len(fit.taught) else images.of(fit.taught.numpy())
+        where, weights = where.part(fit.taught), weights[fit.taught]
+
+    def factors(part: slice) -> tuple[Tensor, Tensor]:
+        here, weight = where.part(part), weights[part]
+        squared = (here.scale**2 + here.scale_variance) * ~here.is_noise
+        second = pack(weight[:, :, None] * weight[:, None]) * squared[:, None]
+        return weight * (here.scale * ~here.is_noise)[:, None], second
+
+    maps = weights.shape[1]
+    back, normal = accumulate(images, state.lattice, maps, factors, settings, exact=iterations > 0)
     prior = shares[:, None] * state.mean_power
-    maps = solve(state.lattice, back, normal, prior, iterations=iterations, kernel=settings.kernel)
-    return maps * state.lattice.mask
+    solved = solve(state.lattice, back, normal, prior, iterations=iterations, kernel=settings.kernel)
+    return solved * state.lattice.mask

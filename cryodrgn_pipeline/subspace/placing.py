@@ -13,7 +13,8 @@ from torch import Tensor
 from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.models.subspace import Subspace
 from cryodrgn_pipeline.subspace.basis import Seen, seen_of
-from cryodrgn_pipeline.subspace.em import LevelState, SubspaceSettings, look
+from cryodrgn_pipeline.subspace.em import LevelState, SubspaceSettings, products_of
+from cryodrgn_pipeline.subspace.em import place as place_level
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.images import LevelImages
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
@@ -66,16 +67,16 @@ def place(stack: Stack, rows: NDArray[np.int64], subspace: Subspace) -> Placemen
     settings, spread = SubspaceSettings(), subspace.scale_spread
     grey = _grey_scale(stack, rows, subspace.maps, subspace.mask, spread) / subspace.grey
     level = _level(stack, rows, subspace.maps * grey, subspace.mask)
-    n_reals, poses = level.images.coefficients, None
+    poses = None
     if subspace.shift_spread is not None:
         poses = replace(PoseOffsets.start(len(rows)), shift_spread=subspace.shift_spread)
         for _ in range(POSE_ROUNDS):
-            products, answer = look(level, poses, settings)
-            if answer is not None:
-                poses = poses.answered(answer, posterior(products, n_reals, spread).z)
+            _, step = place_level(level, poses, spread, settings)
+            if step is not None:
+                poses = poses.after(step)
             level.images = level.images.posed(poses)
-    products, _ = look(level, poses, settings)
-    where, seen = posterior(products, n_reals, spread), None
+    where, _ = place_level(level, poses, spread, settings)
+    seen = None
     if subspace.drawn is not None:
         level.maps = subspace.drawn * grey
         seen = seen_of(level, poses, where, settings)
@@ -95,7 +96,7 @@ def _grey_scale(
     """The factor on the maps that explains a sample of the images best, without those of noise alone."""
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), GREY_IMAGES)).astype(int)]
     level = _level(stack, rows, maps, mask)
-    products, _ = look(level, None, SubspaceSettings())
+    products = products_of(level, None, SubspaceSettings())
     factor = float(products.inner[:, 0].sum() / products.gram[:, 0, 0].sum())
     for _ in range(GREY_ROUNDS):
         seen = replace(products, gram=products.gram * factor**2, inner=products.inner * factor)

@@ -100,16 +100,20 @@ class PoseOffsets:
         turned = images.coefficients * torch.polar(torch.ones_like(phase), phase)
         return replace(images, rotation=rotation, coefficients=turned)
 
-    def answered(self, answer: PoseAnswer, z: Tensor) -> PoseOffsets:
-        """The offsets that go with coordinates `(N, J)` of the images; the spread stays."""
+    def step(self, answer: PoseAnswer, z: Tensor, part: slice) -> PoseStep:
+        """The offsets of some images that go with their coordinates `(B, J)`."""
         one = torch.nn.functional.pad(z, (1, 0), value=1.0)
-        step = answer.point - (answer.response @ one[..., None])[..., 0]
-        return replace(self, offset=self.offset + step)
+        change = answer.point - (answer.response @ one[..., None])[..., 0]
+        return PoseStep(offset=self.offset[part] + change, variance=answer.variance)
 
-    def centred(self, answer: PoseAnswer, counted: Tensor) -> PoseOffsets:
+    def after(self, step: PoseStep) -> PoseOffsets:
+        """With the offsets of this step; the spread stays."""
+        return replace(self, offset=step.offset)
+
+    def centred(self, step: PoseStep, counted: Tensor) -> PoseOffsets:
         """Without what all counted images share, which maps take up, and with the spread of their shifts."""
         offset = self.offset - self.offset[counted].mean(0)
-        second = (offset**2 + answer.variance)[counted, AXES:].mean()
+        second = (offset**2 + step.variance)[counted, AXES:].mean()
         return replace(self, offset=offset, shift_spread=float(second) ** 0.5)
 
 
@@ -119,6 +123,14 @@ class PoseAnswer:
 
     point: Tensor
     response: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoseStep:
+    """The next offsets of N images `(N, 6)`, and the variance of each `(N, 6)`."""
+
+    offset: Tensor
     variance: Tensor
 
 

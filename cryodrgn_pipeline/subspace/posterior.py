@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Posterior:
         one, zero = torch.ones(n, dtype=z.dtype), torch.zeros(n, dtype=z.dtype)
         covariance = torch.zeros(n, j, j, dtype=z.dtype)
         return cls(z=z, covariance=covariance, scale=one, scale_variance=zero, evidence=zero, loss=one)
+
+    def part(self, images: slice | Tensor) -> Posterior:
+        """That of some images."""
+        return Posterior(**{one.name: getattr(self, one.name)[images] for one in fields(self)})
 
     @property
     def is_noise(self) -> Tensor:

@@ -27,13 +27,13 @@ from cryodrgn_pipeline.progress import duration, recorded
 from cryodrgn_pipeline.ranks import ALONE, Ranks
 from cryodrgn_pipeline.stack import Stack, stack_rows
 from cryodrgn_pipeline.subspace.basis import Seen, train_basis
-from cryodrgn_pipeline.subspace.em import Known, LevelState, SubspaceSettings
+from cryodrgn_pipeline.subspace.em import LEARN_FROM, Known, LevelState, SubspaceSettings
 from cryodrgn_pipeline.subspace.fit import Fit, fit_subspace, metric_rows
 from cryodrgn_pipeline.subspace.journal import Journal, keeping
 from cryodrgn_pipeline.subspace.kernel import KernelLatents, kernel_model
 from cryodrgn_pipeline.subspace.maps import basis_model, linear_model
 from cryodrgn_pipeline.subspace.placing import kept_subspace
-from cryodrgn_pipeline.subspace.poses import PoseAnswer, PoseOffsets
+from cryodrgn_pipeline.subspace.poses import PoseOffsets, PoseStep
 from cryodrgn_pipeline.subspace.posterior import Posterior
 from cryodrgn_pipeline.subspace.sums import InnerProducts
 from cryodrgn_pipeline.training.state import MANIFEST, CheckpointFolder, StopRequest, finished, only_writer
@@ -48,6 +48,7 @@ DECODERS = ("linear", "basis", "kernel")
 class SubspaceRequest:
     """A stack, the rows of it to use, how many coordinates, threads (None: all), and what sums are made on.
 
+    `learn_from`: how many particles teach subspace and maps at most; all are placed.
     `decoder`: stay linear, or go on to functions of a kernel or to a network (basis) in the span of the maps;
     `held_out_fraction` of the particles only measure that network. `half_set`: the rows are of this half set
     (0 or 1), and noise is taken from its images alone. At most `checkpoint_every_minutes` of work are lost by
@@ -59,6 +60,7 @@ class SubspaceRequest:
     subset: Path | None
     latent_dim: int
     decoder: str
+    learn_from: int = LEARN_FROM
     held_out_fraction: float = 0.05
     seed: int = 0
     threads: int | None = None
@@ -74,7 +76,9 @@ class SubspaceRequest:
     def settings(self) -> SubspaceSettings:
         """The recipe of the linear fit."""
         tried = self.latent_dim if self.decoder == "linear" else NONLINEAR_COMPONENTS
-        return SubspaceSettings(max_components=tried, seed=self.seed, device=self.device)
+        return SubspaceSettings(
+            max_components=tried, seed=self.seed, learn_from=self.learn_from, device=self.device
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +149,7 @@ def journal_of(
     return Journal(
         folder.journal,
         stack,
-        (Fit, LevelState, Known, Posterior, PoseOffsets, InnerProducts, PoseAnswer, Seen, KernelLatents),
+        (Fit, LevelState, Known, Posterior, PoseOffsets, PoseStep, InnerProducts, Seen, KernelLatents),
         every_minutes=request.checkpoint_every_minutes,
         stop=stop,
         device=request.device,

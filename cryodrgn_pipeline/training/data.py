@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,13 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.poses import PoseOffsets
 from cryodrgn_pipeline.training.batch import Batch, Placed
 from cryodrgn_pipeline.training.spectra import group_rows, loss_weights, signal_to_noise
+from cryodrgn_pipeline.training.windows import Windows, read_in_order
 
 log = logging.getLogger(__name__)
 
-READ_ROWS = 512  # contiguous images read at a time
-SHUFFLE_CHUNKS = 16  # chunks whose images are mixed with each other
+READ_ROWS = 512  # images read at a time into memory
 NORMALISATION_IMAGES = 1000
+AHEAD = 3  # batches
 
 
 class TrainingData:
@@ -125,12 +128,26 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: NDArray[np.int64], ranks: Ranks = ALONE) -> Batch:
-        """The batch of the given stack rows: the share of this rank."""
+    @cached_property
+    def windows(self) -> Windows:
+        """How images are mixed, and read when they are not in memory."""
+        return Windows.of(self.stack.images)
+
+    def batch(
+        self,
+        rows: NDArray[np.int64],
+        ranks: Ranks = ALONE,
+        images: NDArray[np.floating[Any]] | None = None,
+    ) -> Batch:
+        """The batch of the given stack rows: the share of this rank, its images read before or now."""
         whole, rows = rows, rows[ranks.share(len(rows))]
         position = torch.from_numpy(self._position[rows])
-        stored = self._read(rows) if self._coefficients is None else self._coefficients[position]
-        position, stored = position.to(self.device), stored.to(self.device, non_blocking=True)
+        if self._coefficients is None:
+            read = torch.from_numpy(self.stack.read(rows) if images is None else images)
+            stored = self._transformed(self._sent(read), position)
+        else:
+            stored = self._sent(self._coefficients[position])
+        position = position.to(self.device)
         transfer = self._transfer(position, torch.stack([self.plane.kx, self.plane.ky], dim=-1))
         coefficients = stored[:, : len(self.plane)]
         contrast = None if self._contrast is None else self._contrast[position, None]
@@ -169,34 +186,45 @@ class TrainingData:
     ) -> Iterator[Batch]:
         """Batches of the rows in `order` from batch number `first`: of each the share of this rank.
 
-        What has to be read from disk or sent to a GPU is prepared ahead in a thread.
+        One thread reads a window of the order ahead, another makes batches of what was read, or of what is in
+        memory for a GPU. They are threads, not forked workers: reading, transforms and copies run outside
+        Python's lock, and a fork beside running threads may inherit a lock that nobody opens.
         """
-        parts = [order[i : i + batch_size] for i in range(first * batch_size, len(order), batch_size)]
+        starts = range(first * batch_size, len(order), batch_size)
+        parts = [order[start : start + batch_size] for start in starts]
         if self._coefficients is not None and self.device.type == "cpu":
             yield from (
                 self.batch(part, ranks) for part in parts
             )  # a second thread would only take the cores from the network
             return
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(self.batch, part, ranks) for part in parts[:2]]
+        images: Iterator[NDArray[np.floating[Any]] | None] = repeat(None)
+        if self._coefficients is None:
+            own = [part[ranks.share(len(part))] for part in parts]
+            images = read_in_order(self.stack.images, own, [start // self.windows.window for start in starts])
+
+        def prepared(part: NDArray[np.int64]) -> Batch:
+            return self.batch(part, ranks, next(images))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as preparing:
+            ahead = [preparing.submit(prepared, part) for part in parts[:AHEAD]]
             for number in range(len(parts)):
                 ready = ahead.pop(0).result()
-                if number + 2 < len(parts):
-                    ahead.append(reader.submit(self.batch, parts[number + 2], ranks))
+                ahead += [preparing.submit(prepared, part) for part in parts[number + AHEAD :][:1]]
                 yield ready
 
     def epoch_order(self, rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
         """A random order of `rows`, fixed by seed and epoch.
 
-        Chunks of consecutive rows are shuffled, and images among the chunks next to each other, so that a
-        disk is read in long runs. From memory the order is the same: how much of it is free when a training
-        resumes must not change the result.
+        From memory the order is the same as from disk: how much memory is free when a training resumes must
+        not change the result.
         """
-        generator = np.random.default_rng([seed, epoch])
-        chunks = [rows[i : i + READ_ROWS] for i in range(0, len(rows), READ_ROWS)]
-        chunks = [chunks[i] for i in generator.permutation(len(chunks))]
-        windows = (chunks[i : i + SHUFFLE_CHUNKS] for i in range(0, len(chunks), SHUFFLE_CHUNKS))
-        return np.concatenate([generator.permutation(np.concatenate(window)) for window in windows])
+        return self.windows.order(rows, seed, epoch)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """The values on the device; a GPU fetches them from pinned memory while the CPU goes on."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def _transfer(self, position: Tensor, k: Tensor) -> Tensor:
         """CTF `(B, P)` at `(P, 2)` or `(B, P, 2)` frequencies (kx, ky) in cycles per box."""
@@ -205,16 +233,23 @@ class TrainingData:
         return ctf(per_a[..., 1], per_a[..., 0], **parameters)
 
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        """Coefficients at the half plane and, where the encoder wants them, of the turned images."""
-        images = torch.from_numpy(self.stack.read(rows))
-        position = torch.from_numpy(self._position[rows])
-        coefficients = half_plane_coefficients(images, self._plane_cpu)
-        coefficients = self._shifted(
-            coefficients, torch.stack([self._plane_cpu.kx, self._plane_cpu.ky], dim=-1), position
+        """What `_transformed` makes of rows of the stack, on the CPU."""
+        return self._transformed(
+            torch.from_numpy(self.stack.read(rows)), torch.from_numpy(self._position[rows])
         )
+
+    def _transformed(self, images: Tensor, position: Tensor) -> Tensor:
+        """Coefficients at the half plane and, where the encoder wants them, of the turned images.
+
+        They are made where the images lie.
+        """
+        images, device = images.float(), images.device
+        plane = self._plane_cpu if device.type == "cpu" else self.plane
+        coefficients = half_plane_coefficients(images, plane)
+        coefficients = self._shifted(coefficients, torch.stack([plane.kx, plane.ky], dim=-1), position)
         if self._aligned:
-            angle = in_plane_angle(self._rotation[position.to(self.device)].cpu())
-            k = turned_half_plane(self._encoder_plane.to("cpu"), angle)
+            angle = in_plane_angle(self._rotation[position.to(self.device)].to(device))
+            k = turned_half_plane(self._encoder_plane.to(device), angle)
             turned = self._shifted(coefficients_at(images, k), k, position)
             coefficients = torch.cat([coefficients, turned], dim=1)
         return coefficients / self.scale
@@ -233,7 +268,8 @@ class TrainingData:
         """Coefficients `(B, P)` at `k` `(P, 2)` or `(B, P, 2)`, as if poses had been right."""
         if self._shift is None:
             return coefficients
-        phase = 2 * torch.pi * (k * self._shift[position][:, None]).sum(-1)
+        shift = self._shift[position].to(k.device)
+        phase = 2 * torch.pi * (k * shift[:, None]).sum(-1)
         return coefficients * torch.polar(torch.ones_like(phase), phase)
 
     def _sample(self) -> NDArray[np.int64]:

@@ -197,6 +197,7 @@ def _of_subspace(request: TrainingRequest) -> SubspaceRequest:
         subset=request.subset,
         latent_dim=request.model.latent_dim,
         decoder="basis",
+        learn_from=settings.learn_from,
         held_out_fraction=settings.held_out_fraction,
         seed=settings.seed,
         threads=settings.threads,

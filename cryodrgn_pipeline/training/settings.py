@@ -6,17 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.subspace.em import LEARN_FROM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings:
     """Recipe of one training; the architecture is `VaeConfig`'s.
 
+    `learn_from`: how many particles teach the subspace and its maps at most, where a model starts from it.
     `beta` None means 1/latent_dim, or 2 for models that start from the subspace. `coordinate_fraction` is the
     share of the half plane, drawn anew for each batch, on which the loss is taken. `frequency_marching`: the
     disc of the loss grows over so many epochs. `in_memory` and `amp` None decide by memory and device.
     """
 
+    learn_from: int = LEARN_FROM
     epochs: int = 20
     batch_size: int = 16
     learning_rate: float = 1e-4
@@ -34,6 +37,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         rules = (
+            ("learn-from", self.learn_from >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch-size", self.batch_size >= 1, "at least 1"),
             ("learning-rate", self.learning_rate > 0, "positive"),
