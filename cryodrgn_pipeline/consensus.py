@@ -184,6 +184,7 @@ def _write(output: Path, result: Consensus, pixel_size_a: float, content: dict[s
     import pyarrow.parquet as pq
 
     output.mkdir(parents=True, exist_ok=True)
+    (output / "consensus.json").unlink(missing_ok=True)  # written last: its presence says that all is whole
     maps = {"map": result.density, "half1": result.halves[0], "half2": result.halves[1], "mask": result.mask}
     for name, volume in maps.items():
         write_volume(output / f"{name}.mrc", volume.numpy(), pixel_size_a, f"consensus {name}")

@@ -28,6 +28,7 @@ from cryodrgn_pipeline.io.atomic import replacing_directory
 from cryodrgn_pipeline.io.checkpoints import Model, TrainedModel, load_model
 from cryodrgn_pipeline.io.memory import peak_bytes
 from cryodrgn_pipeline.io.mrc import write_volume
+from cryodrgn_pipeline.io.output_lock import sole_writer
 from cryodrgn_pipeline.io.runs import write_columns
 from cryodrgn_pipeline.particle_volumes_halves import half_states, own_halves
 from cryodrgn_pipeline.particle_volumes_maps import StateMap, fsc_of_halves, state_map
@@ -100,7 +101,10 @@ def particle_volumes(
         rings = rings_of(apart, SHARES[-plan.widths :])
     names = [f"vol_{number:03d}.mrc" for number in range(len(targets))]
     table: list[dict[str, Any]] = [{} for _ in names]
-    with replacing_directory(output, ours=OURS) if ranks.leads else nullcontext(output) as folder:
+    with (
+        sole_writer(output) if ranks.leads else nullcontext(),
+        replacing_directory(output, ours=OURS) if ranks.leads else nullcontext(output) as folder,
+    ):
         files = Files(folder=folder, names=names, options=request.options, stack=stack)
         if ranks.leads:
             (folder / "halves").mkdir()

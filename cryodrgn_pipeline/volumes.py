@@ -23,6 +23,7 @@ from cryodrgn_pipeline.io.atomic import replacing_directory
 from cryodrgn_pipeline.io.checkpoints import Model, load_model
 from cryodrgn_pipeline.io.ids import read_id_rows
 from cryodrgn_pipeline.io.mrc import write_volume
+from cryodrgn_pipeline.io.output_lock import sole_writer
 from cryodrgn_pipeline.io.runs import Columns, read_latents, read_z, write_columns
 from cryodrgn_pipeline.landscape.cluster import kmeans_centers
 from cryodrgn_pipeline.landscape.density import inside_region, latent_region
@@ -101,6 +102,7 @@ def decode_volumes(
         )
     names = [f"vol_{i:03d}.mrc" for i in range(len(z))]
     with (
+        sole_writer(output),
         replacing_directory(output, ours=OURS) as folder,
         progress("decoding volumes", len(z), "volumes") as advance,
     ):

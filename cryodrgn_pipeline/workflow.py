@@ -181,13 +181,17 @@ def _supervised(command: list[str], logs: Path | None, host: Host | None = None)
     process = subprocess.Popen(command, env=environment)
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
-        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        previous = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        }
     try:
         with following(logs, sys.stderr):
             return _exit_code(_waited(process))
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _exit_code(code: int) -> int:

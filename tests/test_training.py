@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,13 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_pipeline.devices import choose_device
-from cryodrgn_pipeline.errors import ConfigError, InputFormatError, Interrupted, TrainingError
+from cryodrgn_pipeline.errors import (
+    ConfigError,
+    CryodrgnPipelineError,
+    InputFormatError,
+    Interrupted,
+    TrainingError,
+)
 from cryodrgn_pipeline.fourier.ctf import ctf
 from cryodrgn_pipeline.fourier.rotate import in_plane_angle, turned_half_plane
 from cryodrgn_pipeline.fourier.transforms import centred_fft, half_plane, half_plane_coefficients
@@ -494,7 +501,8 @@ def test_repeats_of_one_image_stay_on_the_same_side_of_the_hold_out():
 
 def test_only_one_training_writes_to_a_folder(request_for):
     request = request_for()
-    with only_writer(request.run), pytest.raises(TrainingError, match="another training is writing"):
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    with only_writer(request.run), pytest.raises(CryodrgnPipelineError, match=f"another process.*{me} holds"):
         train_vae(request)
 
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+from types import FrameType
 
 from cryodrgn_pipeline.cli import data, model, results, with_cryosparc, workflow  # noqa: F401  (they add their verbs)
 from cryodrgn_pipeline.cli._app import app, leads
 from cryodrgn_pipeline.errors import CryodrgnPipelineError, Interrupted, LostRankError
 
+FULL = ". Make room, then run the same command again; nothing that was whole before is lost"
+STARTS_OVER = "what was not whole is removed, and the same command starts over"
+
 
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 1 our failure, 2 usage, 3 bad input."""
+    """Run the command line; exit codes: 0 done, 1 our failure, 2 usage, 3 bad input, 143 and 130 stopped.
+
+    Those two are of SIGTERM and SIGINT (Ctrl-C): what was not whole has been removed, checkpoints are kept.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug and arguments[0] != "--debug":  # welcome after the verb as well
         arguments.remove("--debug")
         arguments.insert(0, "--debug")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         app(args=arguments, prog_name="cryodrgn-pipeline")
     except Interrupted as stopped:
         if leads():
-            print(f"{stopped}{stopped.saved and ': ' + stopped.saved}", file=sys.stderr)
+            print(f"{stopped}: {stopped.saved or STARTS_OVER}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except CryodrgnPipelineError as error:
         if debug:
@@ -34,5 +45,11 @@ def main() -> None:
     except OSError as error:  # a full disk, a file without permission: the system's words name the file
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error}{FULL if full else ''}", file=sys.stderr)
         sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    raise Interrupted(number)

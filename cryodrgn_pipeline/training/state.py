@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import signal
@@ -12,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cryodrgn_pipeline.errors import InputFormatError, TrainingError
+from cryodrgn_pipeline.errors import InputFormatError
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, load_state, save_state
+from cryodrgn_pipeline.io.output_lock import held, remove_leftovers
+from cryodrgn_pipeline.io.progress_file import PROGRESS_FILE
 from cryodrgn_pipeline.ranks import started_by_torchrun
 
 log = logging.getLogger(__name__)
@@ -114,15 +115,11 @@ def finished(run: Path, fingerprint: str, epochs: int | None = None) -> bool:
 
 @contextmanager
 def only_writer(run: Path) -> Iterator[None]:
-    """Hold the run folder's lock, or raise `TrainingError` when another process does."""
+    """Hold the run folder's lock, or raise `CryodrgnPipelineError` when another process does."""
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(
-                f"{run}: another training is writing here. Wait for it, stop it, or choose another -o."
-            ) from error
+    with held(run / ".lock", run):
+        for name in (*OUTPUTS, MANIFEST, PROGRESS_FILE, "checkpoints/state.pt"):
+            remove_leftovers(run / name)
         yield
 
 
