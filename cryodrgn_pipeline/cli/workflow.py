@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cryodrgn_pipeline.cli._app import WORKFLOW, app
+from cryodrgn_pipeline.errors import ConfigError
 
 
 @app.command("init", rich_help_panel=WORKFLOW)
@@ -99,8 +102,6 @@ def plan_verb(
 
     Example: cryodrgn-pipeline plan --configfile config.yaml
     """
-    import json
-
     from cryodrgn_pipeline.planning.table import plan_workflow
 
     planned = plan_workflow(configfile, directory)
@@ -109,6 +110,47 @@ def plan_verb(
         return
     for line in planned.lines():
         typer.echo(line)
+
+
+@app.command("status", rich_help_panel=WORKFLOW)
+def status_verb(
+    configfile: Annotated[Path, typer.Option(help="What was asked for.")] = Path("config.yaml"),
+    results: Annotated[
+        Path | None, typer.Option(help="A folder of results instead: what is there, whatever was asked for.")
+    ] = None,
+    directory: Annotated[
+        Path, typer.Option("-d", "--directory", help="Where the workflow runs; as of `run`.")
+    ] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, one object a job.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=1, help="Look again every so many seconds, until all is finished."),
+    ] = None,
+) -> None:
+    """Say where each job stands: state, epoch, loss, speed, time left, last checkpoint, node.
+
+    It reads files alone, so it works while the jobs run elsewhere, and from any machine that sees the folder.
+
+    Example: cryodrgn-pipeline status --configfile config.yaml --watch 10
+    """
+    from cryodrgn_pipeline.watching.look import jobs_in, jobs_of
+
+    if as_json and watch is not None:
+        raise ConfigError("--watch goes with the table, not with --json")
+    if results is not None:
+        if not results.is_dir():
+            raise ConfigError(f"--results {results}: no such folder")
+        look = partial(jobs_in, results, results.parent / "logs")
+    else:
+        from cryodrgn_pipeline.config.check import load_config
+
+        look = partial(jobs_of, load_config(configfile), directory)
+    if as_json:
+        typer.echo(json.dumps([job.as_json() for job in look()], indent=2))
+        return
+    from cryodrgn_pipeline.watching.show import show
+
+    show(look, watch)
 
 
 @app.command("demo", rich_help_panel=WORKFLOW)

@@ -1,0 +1,1 @@
+"""Where the jobs of a workflow stand, read from the files that they leave."""
