@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline import fourier_images
 from cryodrgn_pipeline.cli import app
-from cryodrgn_pipeline.errors import Interrupted
-from cryodrgn_pipeline.subspace import fit
+from cryodrgn_pipeline.errors import InputFormatError, Interrupted
+from cryodrgn_pipeline.subspace import fit, journal
 from cryodrgn_pipeline.subspace.journal import Journal
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
@@ -129,3 +133,118 @@ def test_an_interrupted_subspace_goes_on_to_the_same_result(
     assert_equal(whole.run, broken.run)
     assert json.loads((whole.run / "run.json").read_text())["components"] > 0
     assert not (broken.run / "checkpoints").exists()
+
+
+def test_a_full_disk_names_the_checkpoint_and_what_was_written_before_is_gone_on_from(
+    request_for, monkeypatch, tmp_path
+):
+    whole, broken = request_for("whole", decoder="linear"), request_for("broken", decoder="linear")
+    train_subspace(whole)
+    broken = replace(broken, checkpoint_every_minutes=0.0)
+    save, written = journal.save_file, []
+
+    def full(tensors, file, **options):
+        if len(written) == 60:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        written.append(file)
+        save(tensors, file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "save_file", full)
+        with pytest.raises(
+            OSError, match=r"checkpoints/journal/.*GB could not be written .*No space.*make room"
+        ):
+            train_subspace(broken)
+    kept = sorted((broken.run / "checkpoints" / "journal").iterdir())
+    assert kept
+    assert all(load_file(file) for file in kept)  # whole, and no temporary file among them
+    assert json.loads((broken.run / "progress.json").read_text())["state"] == "failed"
+    assert not (broken.run / "run.json").exists()
+    train_subspace(broken)
+    assert_equal(whole.run, broken.run)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tiny tmpfs needs root")
+def test_a_disk_that_is_really_full_ends_a_subspace_and_goes_on_after_room_is_made(moving, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("this system does not let a test mount a tmpfs")
+    try:
+        words = f"train {moving}/stack -o {disk}/run --method subspace --latent-dim 3 --threads 1 --resume"
+        command = [sys.executable, "-m", "cryodrgn_pipeline", *words.split()]
+        command += ["--checkpoint-every-minutes", "1e-9"]
+        first = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert first.returncode == 1, first.stderr
+        assert "checkpoints/journal/" in first.stderr
+        assert "No space left on device" in first.stderr
+        assert "Traceback" not in first.stderr
+        assert not (disk / "run" / "run.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 0, second.stderr
+        assert "from before the interruption" in second.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_checkpoints_of_other_images_or_settings_are_moved_aside(request_for, monkeypatch):
+    request = request_for("run", decoder="linear")
+    stop_at(20, monkeypatch, request)
+    before = {file.name: file.read_bytes() for file in (request.run / "checkpoints" / "journal").iterdir()}
+    train_subspace(replace(request, seed=1))
+    (aside,) = request.run.glob("checkpoints.*")
+    assert {file.name: file.read_bytes() for file in (aside / "journal").iterdir()} == before
+    assert json.loads((request.run / "run.json").read_text())["settings"]["seed"] == 1
+
+
+def test_without_resume_it_starts_over(request_for, monkeypatch, caplog):
+    request = request_for("run", decoder="linear")
+    stop_at(20, monkeypatch, request)
+    with caplog.at_level("INFO"):
+        train_subspace(replace(request, resume=False))
+    assert "from before the interruption" not in caplog.text
+    assert "--resume was not given" in caplog.text
+
+
+def stop_at(count: int, monkeypatch: pytest.MonkeyPatch, request: SubspaceRequest) -> None:
+    """Train until so many chunks or steps are done."""
+    look_up, calls = Journal._look_up, []
+
+    def stopping(self: Journal) -> None:
+        calls.append(1)
+        if len(calls) == count:
+            self.stop.signal_number = signal.SIGTERM
+        look_up(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_look_up", stopping)
+        with pytest.raises(Interrupted):
+            train_subspace(request)
+
+
+def test_a_journal_of_another_version_is_not_read(request_for, monkeypatch, caplog):
+    request = request_for("run", decoder="linear")
+    stop_at(20, monkeypatch, request)
+    monkeypatch.setattr(journal, "__version__", "0.0.1")
+    with caplog.at_level("INFO"):
+        train_subspace(request)
+    assert "written by another version" in caplog.text
+    assert "from before the interruption" not in caplog.text
+
+
+def test_a_damaged_checkpoint_is_named(request_for, monkeypatch):
+    request = request_for("run", decoder="linear")
+    stop_at(20, monkeypatch, request)
+    for file in (request.run / "checkpoints" / "journal").iterdir():
+        file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputFormatError, match=r"journal/.*safetensors: damaged .*Remove it"):
+        train_subspace(request)
+
+
+def test_a_run_that_takes_less_than_the_minutes_writes_nothing(request_for, monkeypatch):
+    written = []
+    monkeypatch.setattr(journal, "save_file", lambda *_, **__: written.append(1))
+    train_subspace(request_for("run", decoder="linear"))
+    assert not written

@@ -556,7 +556,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         os.sched_yield()
 
 
-def test_a_killed_training_leaves_a_whole_checkpoint_and_the_rerun_completes(tiny_set, tmp_path):
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights_and_losses(tiny_set, tmp_path):
     run = tmp_path / "run"
     victim = start_training(tiny_set, run, 100_000)
     wait_for(run / "checkpoints" / "state.pt", victim)
@@ -569,6 +569,15 @@ def test_a_killed_training_leaves_a_whole_checkpoint_and_the_rerun_completes(tin
     assert rerun.returncode == 0, log
     assert "resuming after" in log
     assert json.loads((run / "run.json").read_text())["epochs"] == state["epoch"] + 2
+    whole = start_training(tiny_set, tmp_path / "whole", state["epoch"] + 2)
+    _, log = whole.communicate()
+    assert whole.returncode == 0, log
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for one, two in zip(metrics(tmp_path / "whole"), metrics(run), strict=True):
+        assert one["loss"] == two["loss"]
+        assert one["held_out_reconstruction"] == two["held_out_reconstruction"]
+    assert latents(tmp_path / "whole").equals(latents(run))
 
 
 def test_sigterm_saves_and_ends_with_the_signals_exit_code(tiny_set, tmp_path):
