@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cryodrgn_pipeline import fourier_images
 from cryodrgn_pipeline.cli import app
 from cryodrgn_pipeline.errors import InputFormatError, Interrupted
-from cryodrgn_pipeline.subspace import fit, journal
+from cryodrgn_pipeline.subspace import fit, journal, levels
 from cryodrgn_pipeline.subspace.journal import Journal
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 
@@ -50,7 +50,7 @@ def many_chunks_and_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four chunks a pass; some images find the subspace, the others follow; maps are made at a third box."""
     monkeypatch.setattr(fourier_images, "CHUNK_BYTES", 125 * 4 * BOX**2)
     monkeypatch.setattr(fit, "COARSE_IMAGES", 400)
-    monkeypatch.setattr(fit, "FINEST_PX", 20)
+    monkeypatch.setattr(levels, "FINEST_PX", 20)
 
 
 @pytest.fixture
