@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from interrupted import Make, same_result, the_training, unfinished
 from projects import TRAINED
-from slurm_cluster import SlurmCluster, until
+from slurm_cluster import SlurmCluster, kill_tree, until
 
 pytestmark = pytest.mark.slurm
 
@@ -88,6 +88,31 @@ def test_a_training_on_a_node_that_goes_down_goes_on_elsewhere(
     assert after["NodeList"] != job["NodeList"]
     assert project.resumed_after is not None
     assert project.resumed_after >= seen - 10  # saved every ten epochs
+    same_result(project, uninterrupted)
+
+
+@pytest.mark.heavy
+def test_a_killed_head_leaves_its_training_alone_and_the_next_one_starts_no_second_writer(
+    make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
+) -> None:
+    project = make(tmp_path / "project")
+    with project.started(TRAINED) as head:
+        first = the_training(tidy, project)
+        kill_tree(head.process.pid)
+    assert tidy.jobs_by_id()[first["JobId"]]["JobState"] == "RUNNING"
+    tidy.client("scontrol", "suspend", first["JobId"])  # it still holds its lock when the next one comes
+    locked = project.on_cluster(TRAINED)
+    assert locked.code == 1
+    assert "--unlock" in locked.output
+    project.verb("run", "--cores", "1", "--unlock")
+    again = project.on_cluster("--retries", "0", TRAINED)
+    assert again.code == 1
+    assert "another training is writing here" in again.output
+    unfinished(project)
+    tidy.client("scontrol", "resume", first["JobId"])
+    until(lambda: tidy.jobs_by_id()[first["JobId"]]["JobState"] == "COMPLETED", "the first training's end")
+    last = project.on_cluster(TRAINED)
+    assert last.code == 0, last.output
     same_result(project, uninterrupted)
 
 
