@@ -77,6 +77,11 @@ ARMS: dict[str, tuple[str, str, int]] = {  # set, options of `train`, volumes th
     "batch 64, rate x 2": ("hinge24", f"{USUAL} --batch-size 64 --learning-rate 2e-3", 20),
     "batch 256": ("hinge24", f"{USUAL} --batch-size 256", 20),
     "batch 256, rate x 4": ("hinge24", f"{USUAL} --batch-size 256 --learning-rate 4e-3", 20),
+    "batch 64, rate x 2, 36 epochs": (
+        "hinge24",
+        f"{USUAL} --batch-size 64 --learning-rate 2e-3 --epochs 36",
+        20,
+    ),
     "width 256": ("hinge24", f"{USUAL} --encoder-width 256 --decoder-width 256", 20),
     "width 1024": ("hinge24", f"{USUAL} --encoder-width 1024 --decoder-width 1024", 20),
     "hinge24 default": ("hinge24", "", 20),

@@ -110,6 +110,14 @@ def test_a_run_leaves_latents_of_every_particle_weights_metrics_and_a_manifest(r
     assert manifest["stack_fingerprint"] == Stack.open(tiny_set / "stack").fingerprint
 
 
+@pytest.mark.parametrize(("batch_size", "rate"), [(16, 1e-4), (64, 2e-4), (256, 4e-4)])
+def test_the_learning_rate_grows_with_the_root_of_the_batch_unless_it_is_given(batch_size, rate, tiny_set):
+    settings = TrainingSettings(batch_size=batch_size, device="cpu")
+    (group,) = trainer_on(tiny_set / "stack", settings).optimizer.param_groups
+    assert group["lr"] == pytest.approx(rate)
+    assert replace(settings, learning_rate=3e-3).step_size == 3e-3
+
+
 def test_training_lowers_the_held_out_loss(request_for):
     request = request_for(epochs=15, held_out_fraction=0.2)
     train_vae(request)

@@ -294,7 +294,8 @@ def test_every_setting_of_the_training_reaches_the_verb(project: Path) -> None:
     lines = commands("-s", SNAKEFILE, cwd=project)
     verb = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     (given,) = (verb.make_context("train", line[1:]).params for line in lines if line[0] == "train")
-    given["in_memory"], given["beta"] = not given["lazy"], float(given["beta"])
+    given["in_memory"] = not given["lazy"]
+    given |= {name: float(given[name]) for name in ("beta", "learning_rate")}
     assert {name: given[name] for name in train} == train
     assert sum(line[0] == "volumes" for line in lines) == 2  # centers, and pc1 of the one dimension
 

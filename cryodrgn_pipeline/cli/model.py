@@ -38,7 +38,9 @@ def train(
     ] = 200_000,
     epochs: Annotated[int, typer.Option(help="Passes over the particles.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Images per update.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
+    learning_rate: Annotated[
+        str, typer.Option(help="Adam's learning rate; auto: 1e-4 at a batch of 16, growing with its root.")
+    ] = "auto",
     beta: Annotated[
         str,
         typer.Option(
@@ -160,11 +162,6 @@ def train(
             train_subspace(request, ranks)
         say(run / "latent.parquet")
         return
-    if beta != "auto":
-        try:
-            float(beta)
-        except ValueError:
-            raise ConfigError(f"--beta {beta}: expected auto or a number") from None
     from cryodrgn_pipeline.models.vae import VaeConfig
     from cryodrgn_pipeline.stack import Stack
     from cryodrgn_pipeline.training.run import TrainingRequest, train_vae
@@ -174,8 +171,8 @@ def train(
         learn_from=learn_from,
         epochs=epochs,
         batch_size=batch_size,
-        learning_rate=learning_rate,
-        beta=None if beta == "auto" else float(beta),
+        learning_rate=_auto_or_number("--learning-rate", learning_rate),
+        beta=_auto_or_number("--beta", beta),
         coordinate_fraction=coordinate_fraction,
         frequency_marching=frequency_marching,
         held_out_fraction=held_out_fraction,
@@ -214,6 +211,16 @@ def train(
         TrainingRequest(stack=stack, run=run, subset=subset, model=model, settings=settings, resume=resume)
     )
     say(run / "latent.parquet")
+
+
+def _auto_or_number(option: str, given: str) -> float | None:
+    """The number; None for auto."""
+    if given == "auto":
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        raise ConfigError(f"{option} {given}: expected auto or a number") from None
 
 
 @app.command("encode", rich_help_panel=MODEL)

@@ -88,7 +88,9 @@ class Train(Section):
     )
     epochs: Count = Field(20, description="passes over the particles; raise it to continue a run")
     batch_size: Count = Field(16, description="images per step")
-    learning_rate: Positive = Field(1e-4, description="of Adam; YAML wants the point in 1.0e-4")
+    learning_rate: Auto | Positive = Field(
+        "auto", description="of Adam, such as 1.0e-4 (with the point); auto = 1e-4 √(batch_size / 16)"
+    )
     beta: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description="weight of the prior on z; auto = 1 / latent_dim, or 2 from the subspace"
     )

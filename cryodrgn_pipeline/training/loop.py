@@ -110,7 +110,7 @@ class Trainer:
         usual = 1 / vae.config.latent_dim if isinstance(vae, Vae) else EVIDENCE_BETA
         self.beta = usual if settings.beta is None else settings.beta
         self._radius = data.plane.radius.cpu()
-        self.optimizer = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate)
+        self.optimizer = torch.optim.Adam(vae.parameters(), lr=settings.step_size)
         amp = settings.amp if settings.amp is not None else device.type == "cuda"
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
         self.autocast: dict[str, Any] = {
@@ -299,7 +299,7 @@ class Trainer:
             "reconstruction": error,
             "kld": divergence,
             "beta": self.beta,
-            "learning_rate": self.settings.learning_rate,
+            "learning_rate": self.settings.step_size,
             "images_per_s": images / standing.epoch_seconds,
         }
         if self.settings.frequency_marching:

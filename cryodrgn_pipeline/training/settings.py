@@ -8,21 +8,24 @@ from typing import Any
 from cryodrgn_pipeline.errors import ConfigError
 from cryodrgn_pipeline.subspace.em import LEARN_FROM
 
+USUAL_RATE, USUAL_BATCH = 1e-4, 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings:
     """Recipe of one training; the architecture is `VaeConfig`'s.
 
     `learn_from`: how many particles teach the subspace and its maps at most, where a model starts from it.
-    `beta` None means 1/latent_dim, or 2 for models that start from the subspace. `coordinate_fraction` is the
-    share of the half plane, drawn anew for each batch, on which the loss is taken. `frequency_marching`: the
-    disc of the loss grows over so many epochs. `in_memory` and `amp` None decide by memory and device.
+    `learning_rate` None means 1e-4 at a batch of 16, growing with its square root; `beta` None 1/latent_dim,
+    or 2 for models that start from the subspace. `coordinate_fraction` is the share of the half plane, drawn
+    anew for each batch, on which the loss is taken. `frequency_marching`: the disc of the loss grows over so
+    many epochs. `in_memory` and `amp` None decide by memory and device.
     """
 
     learn_from: int = LEARN_FROM
     epochs: int = 20
     batch_size: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     beta: float | None = None
     coordinate_fraction: float = 1.0
     frequency_marching: int = 0
@@ -40,7 +43,7 @@ class TrainingSettings:
             ("learn-from", self.learn_from >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch-size", self.batch_size >= 1, "at least 1"),
-            ("learning-rate", self.learning_rate > 0, "positive"),
+            ("learning-rate", self.learning_rate is None or self.learning_rate > 0, "'auto' or positive"),
             ("beta", self.beta is None or self.beta >= 0, "'auto' or not negative"),
             ("coordinate-fraction", 0 < self.coordinate_fraction <= 1, "in (0, 1]"),
             ("frequency-marching", self.frequency_marching >= 0, "not negative"),
@@ -53,6 +56,13 @@ class TrainingSettings:
             if not holds:
                 value = getattr(self, name.replace("-", "_"))
                 raise ConfigError(f"--{name} {value}: expected a value that is {expected}")
+
+    @property
+    def step_size(self) -> float:
+        """Adam's learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return USUAL_RATE * (self.batch_size / USUAL_BATCH) ** 0.5
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
