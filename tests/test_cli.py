@@ -33,6 +33,7 @@ VERBS = (
     "live-check",
     "init",
     "run",
+    "plan",
     "status",
     "demo",
 )
