@@ -146,7 +146,7 @@ def status(*words: object) -> str:
 
 
 def test_the_table_says_how_far_where_and_how_long(project):
-    says(project, "all", "vae", last_checkpoint=ago(120), phase="64 px: sums over images")
+    says(project, "all", "vae", last_checkpoint=ago(7200), phase="64 px: sums over images")
     text = status("--configfile", project / "config.yaml", "-d", project)
     (row,) = [line for line in text.splitlines() if "running" in line]
     for part in (
@@ -156,7 +156,7 @@ def test_the_table_says_how_far_where_and_how_long(project):
         "0.8125",
         "250 images/s",
         "24 s",
-        "2 min 0",
+        "2 h 0",
         "node7",
         "4711",
         "sums over",
