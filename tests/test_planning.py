@@ -293,6 +293,16 @@ def test_every_process_of_a_subspace_holds_its_sums() -> None:
     assert four.memory_bytes == pytest.approx(4 * one.memory_bytes)
 
 
+@pytest.mark.parametrize(
+    ("train", "peak_gb"),
+    [({}, 8.5), ({"method": "subspace", "latent_dim": 5}, 9.2)],
+    ids=["default", "linear"],
+)
+def test_what_256_px_took_is_asked_for_and_not_much_more(train: dict[str, Any], peak_gb: float) -> None:
+    plan = plan_of(300, 256, preprocess={"box_size_px": 256}, train=train)
+    assert peak_gb < plan.job("train", STANDARD).mem_mb / 1e3 < 1.5 * peak_gb
+
+
 def test_planning_needs_no_library_of_arrays() -> None:
     code = "import sys, cryodrgn_pipeline.planning.jobs; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

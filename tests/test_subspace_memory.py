@@ -13,6 +13,7 @@ from cryodrgn_pipeline.subspace.memory import (
     KEPT_BYTES,
     STREAMED_BYTES,
     affordable,
+    affordable_curves,
     coefficient_bytes,
     learning_bytes,
     required_bytes,
@@ -42,11 +43,18 @@ def test_more_maps_are_solved_for_where_they_fit() -> None:
     assert required_bytes(256, 1 + most, iterations) < BUDGET_BYTES < required_bytes(256, 1 + most, 5)
 
 
+def test_curved_maps_are_left_out_before_the_exact_solve_and_components_never() -> None:
+    assert affordable_curves(64, 1, 5) == (1, 5)
+    assert affordable_curves(64, 8, 5) == (2, 5)
+    assert affordable_curves(128, 12, 5) == (0, 5)
+    assert affordable_curves(256, 8, 5) == (0, 0)
+
+
 def test_images_are_kept_up_to_a_limit_and_stream_beyond_it() -> None:
     fitting = KEPT_BYTES // coefficient_bytes(half_plane_points(64))
-    few, many = (learning_bytes(n, 64, 13, 13) for n in (fitting, fitting + 1))
+    few, many = (learning_bytes(n, 64, 13, (13, 5), level_maps=13) for n in (fitting, fitting + 1))
     assert few - many == pytest.approx(KEPT_BYTES * 3 / 4, rel=0.01)  # those of 32 px are kept still
-    assert learning_bytes(1, 16, 2, 2) > STREAMED_BYTES
+    assert learning_bytes(1, 16, 2, (2, 5), level_maps=2) > STREAMED_BYTES
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cryodrgn_pipeline.config.models import Analyze, Consensus, Preprocess, Trai
 from cryodrgn_pipeline.fourier.sizes import PADDING, half_grid_points, half_plane_points
 from cryodrgn_pipeline.particle_volumes_memory import GIB, SHARE, sums_bytes, work_bytes
 from cryodrgn_pipeline.subspace.levels import levels_of
-from cryodrgn_pipeline.subspace.memory import affordable, learning_bytes
+from cryodrgn_pipeline.subspace.memory import affordable, affordable_curves, learning_bytes
 
 PROGRAM_BYTES = 350e6  # Python with torch, compiled kernels and their compiler
 TABLES_BYTES = 150e6  # ... without torch
@@ -32,6 +32,7 @@ COMPILING_S = 60.0  # where kernels have to be compiled first
 KERNEL_MAPS = 13  # of the default model: the mean and the functions
 CURVED_MAPS = 3
 START_STEPS, START_BATCH, START_MULTIPLY_ADDS = 40_000, 256, 36_000  # of the network in the span of the maps
+GRIDS = 27  # padded half spectra held at once, float32, from the sums of two half sets to their FSC
 WIDTHS = 4
 SHARED_BYTES = 8 * GIB  # volumes from particles share passes over the images up to here
 CENTERS = 20
@@ -100,7 +101,7 @@ def consensus_needs(particles: int, box_size_px: int, given: Consensus, threads:
     a_pass = particles * max(3 * 8 * points / KERNELS_PER_S / cores(threads), 4 * box_size_px**2 / DISK_PER_S)
     check = 0.0 if given.check in ("off", False) else 60.0
     return Needs(
-        memory_bytes=PROGRAM_BYTES + TABLE_BYTES * particles + 4 * CHUNK_BYTES + 4 * padded * 20,
+        memory_bytes=PROGRAM_BYTES + TABLE_BYTES * particles + 4 * CHUNK_BYTES + 4 * padded * GRIDS,
         seconds=COMPILING_S + check + a_pass + 30 * transform_seconds(PADDING * box_size_px),
         disk_bytes=4 * 4 * box_size_px**3,
     )
@@ -116,7 +117,7 @@ def select_needs(particles: int) -> Needs:
 def export_needs(particles: int, kept: int) -> Needs:
     """Rows of the source's own table, every column of it."""
     return Needs(
-        memory_bytes=TABLES_BYTES + 1200 * particles,
+        memory_bytes=TABLES_BYTES + 1600 * particles,
         seconds=5 + 3e-5 * particles,
         disk_bytes=500 * kept,
     )
@@ -145,8 +146,14 @@ def train_needs(
 
 def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int) -> Needs:
     linear = given.method == "subspace"
-    maps = 1 + given.latent_dim + CURVED_MAPS if linear else KERNEL_MAPS
-    tried = 1 + (given.latent_dim if linear else KERNEL_MAPS - 1)
+    components = given.latent_dim if linear else KERNEL_MAPS - 1
+    if linear:
+        curved, exact = affordable_curves(box_size_px, components, 5)
+        final = 1 + components + curved * (curved + 1) // 2
+    else:
+        most, exact = affordable(box_size_px, components, 5)
+        final = 1 + most
+    tried = 1 + components
     fast, seconds = cores(threads), COMPILING_S
     for number, level in enumerate(levels_of(box_size_px)):
         images = min(particles, 50_000) if number == 0 else particles
@@ -155,11 +162,10 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
         seconds += iterations * images * (sums + looks) / KERNELS_PER_S / fast
         seconds += iterations * _solve_seconds(level, tried, 4) / fast
         seconds += (3 if number else 1) * particles * 4 * box_size_px**2 / DISK_PER_S
-    most, exact = affordable(box_size_px, maps - 1, 5)
     for box in {levels_of(box_size_px)[-1], box_size_px}:
-        sums, looks = _passes(box, 1 + most)
+        sums, looks = _passes(box, final)
         seconds += (
-            particles * (sums + looks) / KERNELS_PER_S / fast + _solve_seconds(box, 1 + most, exact) / fast
+            particles * (sums + looks) / KERNELS_PER_S / fast + _solve_seconds(box, final, exact) / fast
         )
         seconds += 2 * particles * 4 * box_size_px**2 / DISK_PER_S
     if not linear and given.decoder == "basis":
@@ -167,10 +173,10 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
     return Needs(
         memory_bytes=PROGRAM_BYTES
         + TABLE_BYTES * particles
-        + learning_bytes(particles, box_size_px, maps, tried),
+        + learning_bytes(particles, box_size_px, tried, (final, exact), level_maps=1 if linear else tried),
         seconds=seconds,
         disk_bytes=particles * (200 + 4 * given.latent_dim * (given.latent_dim + 5) / 2)
-        + 2 * maps * 4 * box_size_px**3,
+        + 2 * (final + tried) * 4 * box_size_px**3,
     )
 
 
@@ -233,7 +239,7 @@ def analyze_needs(particles: int, latent_dim: int, given: Analyze) -> Needs:
     """Components, clusters, paths, and the UMAP of a sample."""
     fitted = min(particles, given.umap_max_particles) if given.umap else 0
     return Needs(
-        memory_bytes=TABLES_BYTES + particles * (300 + 40 * latent_dim) + 4000 * fitted,
+        memory_bytes=PROGRAM_BYTES + particles * (300 + 40 * latent_dim) + 4000 * fitted,
         seconds=60 + 1e-4 * particles + 2e-3 * fitted,
         disk_bytes=particles * (60 + 4 * latent_dim),
     )

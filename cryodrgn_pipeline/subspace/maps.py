@@ -22,13 +22,12 @@ from cryodrgn_pipeline.subspace.em import (
 )
 from cryodrgn_pipeline.subspace.fit import Fit
 from cryodrgn_pipeline.subspace.journal import journal
-from cryodrgn_pipeline.subspace.memory import BUDGET_BYTES, affordable, required_bytes
+from cryodrgn_pipeline.subspace.memory import affordable, affordable_curves
 from cryodrgn_pipeline.subspace.solve import solve
 from cryodrgn_pipeline.subspace.sums import pack
 
 log = logging.getLogger(__name__)
 
-CURVED = 2
 CURVED_PRIOR = 0.05  # power of the maps of squares and products, as a share of the mean map's
 
 
@@ -44,11 +43,8 @@ def linear_model(
     """
     where, d = fit.posterior, stack.box_size_px
     kept = where.z.shape[1]
-    exact = settings.cg_iterations + 1
-    for curved, iterations in ((min(CURVED, kept), exact), (0, exact), (0, 0)):
-        products = curved * (curved + 1) // 2
-        if required_bytes(d, 1 + kept + products, iterations) <= BUDGET_BYTES:
-            break
+    curved, iterations = affordable_curves(d, kept, settings.cg_iterations + 1)
+    products = curved * (curved + 1) // 2
     log.info("maps at %d px: %d components, %d of them curved", d, kept, curved)
     shares = torch.cat([component_shares(kept, settings), torch.full((products,), CURVED_PRIOR).double()])
     maps = regressed_maps(stack, rows, fit, factors(where.z, curved), shares, iterations, settings)

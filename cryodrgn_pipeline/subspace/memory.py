@@ -6,27 +6,31 @@ from cryodrgn_pipeline.fourier.sizes import half_grid_points, half_plane_points
 from cryodrgn_pipeline.subspace.levels import levels_of
 
 BUDGET_BYTES = 8 * 2**30
+CURVED = 2
 KEPT_BYTES = 2 * 2**30  # of images, where all fit; else they stream from the stack
 STREAMED_BYTES = 4 * 32 * 2**20  # chunks of images in work: read, transformed, looked at
 POSTERIOR_COPIES = 6  # of K² float64 an image: posteriors, second moments, inner products
 
 
-def learning_bytes(particles: int, box_size_px: int, maps: int, tried: int) -> int:
+def learning_bytes(
+    particles: int, box_size_px: int, tried: int, final: tuple[int, int], *, level_maps: int
+) -> int:
     """Memory of learning from N particles, beside that of the program.
 
     Parameters
     ----------
-    maps, tried
-        Maps of the final model before `affordable` leaves some out, and maps that coordinates are learnt
-        with, means included.
+    tried
+        Maps that coordinates are learnt with, the mean included.
+    final
+        Maps at the stack's box, and iterations of their solve.
+    level_maps
+        Maps that are solved for at the finest level.
     """
     levels = levels_of(box_size_px)
-    most, iterations = affordable(box_size_px, maps - 1, 5)
-    solving = max(
-        required_bytes(levels[-1], max(maps, tried), 5), required_bytes(box_size_px, 1 + most, iterations)
-    )
+    most = max(tried, level_maps)
+    solving = max(required_bytes(levels[-1], most, 5), required_bytes(box_size_px, *final))
     images = max(_image_bytes(particles, level) for level in (*levels, box_size_px))
-    return solving + images + POSTERIOR_COPIES * 8 * particles * max(maps, tried) ** 2
+    return solving + images + POSTERIOR_COPIES * 8 * particles * most**2
 
 
 def _image_bytes(particles: int, level_px: int) -> int:
@@ -48,6 +52,18 @@ def affordable(box_size_px: int, maps: int, iterations: int) -> tuple[int, int]:
         maps -= 1
     fits = required_bytes(box_size_px, 1 + maps, iterations) <= BUDGET_BYTES
     return maps, iterations if fits else 0
+
+
+def affordable_curves(box_size_px: int, components: int, iterations: int) -> tuple[int, int]:
+    """Of how many components squares and products get maps in 8 GiB, and with how many iterations.
+
+    First the curved maps are left out, then the exact solve; the components all stay.
+    """
+    for choice in ((min(CURVED, components), iterations), (0, iterations), (0, 0)):
+        curved, steps = choice
+        if required_bytes(box_size_px, 1 + components + curved * (curved + 1) // 2, steps) <= BUDGET_BYTES:
+            break
+    return choice
 
 
 def required_bytes(box_size_px: int, maps: int, iterations: int) -> int:
