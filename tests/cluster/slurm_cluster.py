@@ -368,9 +368,18 @@ def _remove_leftovers() -> None:
             with suppress(psutil.NoSuchProcess):
                 if psutil.Process(pid).name() == name:  # not a stranger that has the number now
                     _end(pid)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if _belongs_to(root, process):
+                    process.kill()
         shutil.rmtree(root, ignore_errors=True)
     if LINK.is_symlink() and _is_ours(LINK):
         LINK.unlink()
+
+
+def _belongs_to(root: Path, process: psutil.Process) -> bool:
+    """Whether it is a job's, or its keeper's: Slurm tells both where the configuration is."""
+    return Path(process.environ().get("SLURM_CONF", "/")).is_relative_to(root)
 
 
 def _end(pid: int) -> None:

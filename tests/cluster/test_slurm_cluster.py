@@ -55,6 +55,13 @@ def test_tests_that_cannot_have_a_slurm_skip_and_say_why(tmp_path: Path) -> None
     assert "no cluster here" in done.stdout
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 @pytest.mark.slurm
 def test_nothing_of_a_cluster_stays(slurm_programs: None) -> None:
     policy_was_there = slurm_cluster.POLICY.exists()
@@ -81,6 +88,8 @@ def test_what_a_killed_test_run_left_is_removed(slurm_programs: None) -> None:
     code = (
         "import os, slurm_cluster\n"
         "cluster = slurm_cluster.SlurmCluster().__enter__()\n"
+        "cluster.client('sbatch', '--output=/dev/null', '--wrap=sleep 86399')\n"
+        "slurm_cluster.until(lambda: cluster.client('squeue', '-h', '-t', 'R').strip(), 'the job running')\n"
         "print(cluster.root, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -92,4 +101,5 @@ def test_what_a_killed_test_run_left_is_removed(slurm_programs: None) -> None:
     assert left.is_dir()
     with SlurmCluster() as cluster:
         assert not left.exists()
-        assert cluster.jobs() == []
+        assert cluster.jobs_by_id() == {}
+    assert not [process for process in psutil.process_iter() if "86399" in command_line(process)]
