@@ -371,14 +371,17 @@ def _remove_leftovers() -> None:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if _belongs_to(root, process):
+                    keeper = process.parent()
                     process.kill()
+                    if keeper is not None and keeper.name() == "slurmstepd":
+                        keeper.kill()
         shutil.rmtree(root, ignore_errors=True)
     if LINK.is_symlink() and _is_ours(LINK):
         LINK.unlink()
 
 
 def _belongs_to(root: Path, process: psutil.Process) -> bool:
-    """Whether it is a job's, or its keeper's: Slurm tells both where the configuration is."""
+    """Whether it is a job's: Slurm tells it where the configuration is."""
     return Path(process.environ().get("SLURM_CONF", "/")).is_relative_to(root)
 
 

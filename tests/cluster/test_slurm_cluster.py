@@ -79,8 +79,8 @@ def test_nothing_of_a_cluster_stays(slurm_programs: None) -> None:
     assert not os.path.lexists(slurm_cluster.LINK)
     assert slurm_cluster.POLICY.exists() == policy_was_there
     names = {"slurmctld", "slurmd", "munged", "slurmstepd"}
-    left = [process for process in psutil.process_iter() if process.name() in names]
-    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    left = [process.info for process in psutil.process_iter(["name", "status"])]
+    assert not [one for one in left if one["name"] in names and one["status"] != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slurm
@@ -102,4 +102,7 @@ def test_what_a_killed_test_run_left_is_removed(slurm_programs: None) -> None:
     with SlurmCluster() as cluster:
         assert not left.exists()
         assert cluster.jobs_by_id() == {}
-    assert not [process for process in psutil.process_iter() if "86399" in command_line(process)]
+    running = [process for process in psutil.process_iter(["name"]) if "86399" in command_line(process)]
+    assert not running
+    keepers = [one for one in psutil.process_iter(["name", "status"]) if one.info["name"] == "slurmstepd"]
+    assert not [one for one in keepers if one.info["status"] != psutil.STATUS_ZOMBIE]
