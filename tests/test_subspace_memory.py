@@ -52,9 +52,9 @@ def test_curved_maps_are_left_out_before_the_exact_solve_and_components_never() 
 
 def test_images_are_kept_up_to_a_limit_and_stream_beyond_it() -> None:
     fitting = KEPT_BYTES // coefficient_bytes(half_plane_points(64))
-    few, many = (learning_bytes(n, 64, 13, (13, 5), level_maps=13) for n in (fitting, fitting + 1))
+    few, many = (learning_bytes(n, n, 64, 13, (13, 5), level_maps=13) for n in (fitting, fitting + 1))
     assert few - many == pytest.approx(KEPT_BYTES * 3 / 4, rel=0.01)  # those of 32 px are kept still
-    assert learning_bytes(1, 16, 2, (2, 5), level_maps=2) > STREAMED_BYTES
+    assert learning_bytes(1, 1, 16, 2, (2, 5), level_maps=2) > STREAMED_BYTES
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,14 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
     return Needs(
         memory_bytes=PROGRAM_BYTES
         + TABLE_BYTES * particles
-        + learning_bytes(particles, box_size_px, tried, (final, exact), level_maps=1 if linear else tried),
+        + learning_bytes(
+            particles,
+            given.learn_from or particles,
+            box_size_px,
+            tried,
+            (final, exact),
+            level_maps=1 if linear else tried,
+        ),
         seconds=seconds,
         disk_bytes=particles * (200 + 4 * given.latent_dim * (given.latent_dim + 5) / 2)
         + 2 * (final + tried) * 4 * box_size_px**3,

@@ -9,16 +9,19 @@ BUDGET_BYTES = 8 * 2**30
 CURVED = 2
 KEPT_BYTES = 2 * 2**30  # of images, where all fit; else they stream from the stack
 STREAMED_BYTES = 4 * 32 * 2**20  # chunks of images in work: read, transformed, looked at
-POSTERIOR_COPIES = 6  # of K² float64 an image: posteriors, second moments, inner products
+POSTERIOR_COPIES = 2  # of K² float64 an image: posteriors, twice while they are written
+LEARNING_COPIES = 4  # ... more of the images that teach: second moments, inner products
 
 
 def learning_bytes(
-    particles: int, box_size_px: int, tried: int, final: tuple[int, int], *, level_maps: int
+    particles: int, taught: int, box_size_px: int, tried: int, final: tuple[int, int], *, level_maps: int
 ) -> int:
     """Memory of learning from N particles, beside that of the program.
 
     Parameters
     ----------
+    taught
+        How many of them the subspace is learnt from.
     tried
         Maps that coordinates are learnt with, the mean included.
     final
@@ -30,7 +33,8 @@ def learning_bytes(
     most = max(tried, level_maps)
     solving = max(required_bytes(levels[-1], most, 5), required_bytes(box_size_px, *final))
     images = max(_image_bytes(particles, level) for level in (*levels, box_size_px))
-    return solving + images + POSTERIOR_COPIES * 8 * particles * most**2
+    known = POSTERIOR_COPIES * particles + LEARNING_COPIES * min(taught, particles)
+    return solving + images + 8 * known * most**2
 
 
 def _image_bytes(particles: int, level_px: int) -> int:
