@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from cryodrgn_pipeline.consensus import consensus
+from cryodrgn_pipeline.errors import Interrupted
 from cryodrgn_pipeline.io.checkpoints import save_state
 from cryodrgn_pipeline.models.basis import BasisConfig, BasisModel, BasisVae
 from cryodrgn_pipeline.models.from_subspace import ImageBasisVae, ResidualVae
@@ -19,6 +21,7 @@ from cryodrgn_pipeline.particle_volumes import ParticleVolumes, particle_volumes
 from cryodrgn_pipeline.ranks import ALONE, Ranks, joined
 from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.subspace.basis import Seen
+from cryodrgn_pipeline.subspace.journal import Journal
 from cryodrgn_pipeline.subspace.run import SubspaceRequest, train_subspace
 from cryodrgn_pipeline.training.batch import Placed
 from cryodrgn_pipeline.training.data import TrainingData
@@ -124,6 +127,26 @@ def subspace(stack: Path, run: Path, decoder: str = "linear", ranks: Ranks = ALO
         train_subspace(request, ranks)
 
 
+def interrupted_subspace(stack: Path, run: Path, ranks: Ranks) -> None:
+    """A linear one that only the last rank is told to stop, in the middle, and that then goes on."""
+    whole_pass, passes = Journal._pass, []
+
+    def stopped_in_the_ninth(self, *given, **named):
+        passes.append(self)
+        if len(passes) == 9 and ranks.rank == ranks.size - 1:
+            self.stop.signal_number = signal.SIGTERM
+        whole_pass(self, *given, **named)
+
+    with patch.object(Journal, "_pass", stopped_in_the_ninth):
+        try:
+            subspace(stack, run, "linear", ranks)
+        except Interrupted:
+            assert len(passes) == 9
+            assert list(run.glob("checkpoints/journal/*.safetensors"))
+    assert not (run / "run.json").exists()
+    subspace(stack, run, "linear", ranks)
+
+
 def reconstructed(stack: Path, run: Path, folder: Path, ranks: Ranks = ALONE) -> None:
     """The consensus and two volumes from particles, with half maps of half sets' own subspaces."""
     consensus(stack, folder / "consensus", check="off", ranks=ranks)
@@ -143,6 +166,7 @@ def main(stack: Path, run: Path, larger: Path, folder: Path) -> None:
     with joined(CPU) as ranks:
         for decoder in DECODERS:
             subspace(larger, folder / decoder, decoder, ranks)
+        interrupted_subspace(larger, folder / "interrupted", ranks)
         reconstructed(stack, run, folder, ranks)
         found = {"primitives": primitives(ranks)}
         found |= {kind: train(kind, stack, ranks) for kind in KINDS}

@@ -126,6 +126,13 @@ def test_two_ranks_find_the_subspace_that_one_process_finds(
     assert not (folder / decoder / "checkpoints").exists()
 
 
+def test_ranks_stop_together_inside_a_pass_and_go_on_to_the_same_subspace(
+    two_ranks: list[dict], folder: Path
+) -> None:
+    whole, stopped = (pd.read_parquet(folder / run / "latent.parquet") for run in ("linear", "interrupted"))
+    pd.testing.assert_frame_equal(stopped, whole)
+
+
 def command(stack: Path, run: Path, epochs: int, processes: int) -> list[str]:
     """A training that saves with every batch."""
     return (
