@@ -219,7 +219,7 @@ def _place(
     fit: Fit, stack: Stack, rows: NDArray[np.int64], some: NDArray[np.int64], settings: SubspaceSettings
 ) -> Fit:
     """Where all rows lie, from maps that some of them made."""
-    images = level_images(stack, rows, fit.level.images.level_px, settings)
+    images = level_images(stack, rows, fit.level.images.level_px, settings).streamed()
     level = replace(fit.level, images=images)
 
     def look_once(known: Known) -> Known:

@@ -61,7 +61,7 @@ class LevelImages:
         self.plane, self.weight = plane.to(device), weight.to(device)
         self.poses: PoseOffsets | None = None
         self._kept: list[tuple[slice, FourierImages]] = []
-        self._most_kept = kept_bytes(torch.device(device)) // coefficient_bytes(len(plane))
+        self._most_kept = int(kept_bytes(torch.device(device)) // coefficient_bytes(len(plane)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +70,12 @@ class LevelImages:
         """The same images with their poses corrected by these offsets, not by others."""
         other = copy.copy(self)
         other.poses = poses
+        return other
+
+    def streamed(self) -> LevelImages:
+        """The same images, not kept in memory for another pass."""
+        other = copy.copy(self)
+        other._kept, other._most_kept = [], 0
         return other
 
     def of(self, chosen: NDArray[np.int64]) -> LevelImages:
