@@ -154,20 +154,26 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
         most, exact = affordable(box_size_px, components, 5)
         final = 1 + most
     tried = 1 + components
+    taught = min(particles, given.learn_from)
+    read_s = 4 * box_size_px**2 / DISK_PER_S
+    levels = levels_of(box_size_px)
     fast, seconds = cores(threads), COMPILING_S
-    for number, level in enumerate(levels_of(box_size_px)):
-        images = min(particles, 50_000) if number == 0 else particles
-        iterations = 20 if number == 0 else 3  # with and without offsets of poses
+    for number, level in enumerate(levels):
+        images = taught if number else min(taught, 50_000)
+        iterations = 3 if number else 20  # with and without offsets of poses
         sums, looks = _passes(level, tried)
         seconds += iterations * images * (sums + looks) / KERNELS_PER_S / fast
         seconds += iterations * _solve_seconds(level, tried, 4) / fast
-        seconds += (3 if number else 1) * particles * 4 * box_size_px**2 / DISK_PER_S
-    for box in {levels_of(box_size_px)[-1], box_size_px}:
-        sums, looks = _passes(box, final)
+        seconds += (3 if number else 1) * taught * read_s
+    # maps from those that teach; then where all lie, twice where poses are off, and on the functions' maps
+    for box in {levels[-1], box_size_px}:
+        sums, _ = _passes(box, final)
         seconds += (
-            particles * (sums + looks) / KERNELS_PER_S / fast + _solve_seconds(box, final, exact) / fast
+            taught * (sums / KERNELS_PER_S / fast + 2 * read_s) + _solve_seconds(box, final, exact) / fast
         )
-        seconds += 2 * particles * 4 * box_size_px**2 / DISK_PER_S
+    for maps in (tried, tried) if linear else (tried, tried, final):
+        _, looks = _passes(levels[-1], maps)
+        seconds += particles * (looks / KERNELS_PER_S / fast + read_s)
     if not linear and given.decoder == "basis":
         seconds += START_STEPS * START_BATCH * START_MULTIPLY_ADDS / NETWORK_PER_S
     return Needs(
@@ -175,7 +181,7 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
         + TABLE_BYTES * particles
         + learning_bytes(
             particles,
-            given.learn_from or particles,
+            taught,
             box_size_px,
             tried,
             (final, exact),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class TrainingSettings:
         """Adam's learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return USUAL_RATE * (self.batch_size / USUAL_BATCH) ** 0.5
+        return USUAL_RATE * math.sqrt(self.batch_size / USUAL_BATCH)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
