@@ -16,8 +16,13 @@ NO_ACCOUNTING = {"# slurm-status-command: squeue": "slurm-status-command: squeue
 
 
 @pytest.fixture(scope="session")
-def slurm_programs() -> None:
-    """Slurm's programs, installed where they are missing; skips, and says why, where that cannot be."""
+def slurm_programs(pytestconfig: pytest.Config) -> None:
+    """Slurm's programs, installed where they are missing; skips, and says why, where that cannot be.
+
+    Nobody's machine gets packages and daemons unasked: only CI's, or with `-m slurm`.
+    """
+    if os.environ.get("CI") != "true" and "slurm" not in pytestconfig.getoption("markexpr"):
+        pytest.skip("installs Debian's packages and starts a Slurm on this machine: `make test-cluster`")
     if reason := why_not():
         pytest.skip(reason)
     try:
