@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
-from cryodrgn_pipeline.errors import ConfigError, InputFormatError
+from cryodrgn_pipeline.errors import ConfigError, InputFormatError, Interrupted
 from cryodrgn_pipeline.fourier.slices import extract_slices, slice_coordinates, volume_grid
 from cryodrgn_pipeline.fourier.transforms import half_plane_coefficients
 from cryodrgn_pipeline.fourier_images import FourierImages
@@ -227,8 +227,9 @@ def test_an_interrupted_training_resumes_to_the_same_weights_without_a_new_subsp
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", step_then_signal)
-        stopped = CliRunner().invoke(app, command.split())
-    assert stopped.exit_code == 128 + signal.SIGTERM
+        with pytest.raises(Interrupted) as stopped:
+            CliRunner().invoke(app, command.split())
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "run.json").exists()
     monkeypatch.setattr("cryodrgn_pipeline.training.start.learn", None)
     run(command)
