@@ -150,9 +150,12 @@ def test_the_box_may_stand_in_a_passthrough_file(tmp_path: Path) -> None:
     assert (found.particles, found.box_size_px, found.assumed) == (50, 96, "")
 
 
-@pytest.mark.parametrize("name", ["absent.star", "empty.star", "folder.star", "cut.cs", "noise.cs", "p.txt"])
+@pytest.mark.parametrize(
+    "name", ["absent.star", "empty.star", "empty.cs", "folder.star", "cut.cs", "noise.cs", "p.txt"]
+)
 def test_a_source_that_tells_nothing_is_no_error_and_is_said(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty.star").touch()
+    for empty in ("empty.star", "empty.cs"):
+        (tmp_path / empty).touch()
     (tmp_path / "folder.star").mkdir()
     (tmp_path / "noise.cs").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "p.txt").write_text("data_\n", encoding="utf-8")

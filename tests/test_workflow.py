@@ -261,6 +261,7 @@ def test_every_setting_of_the_training_reaches_the_verb(project: Path) -> None:
         "encoder": "image",
         "decoder": "mlp",
         "latent_dim": 1,
+        "learn_from": 14,
         "epochs": 2,
         "batch_size": 3,
         "learning_rate": 4.0,

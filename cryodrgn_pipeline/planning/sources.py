@@ -113,7 +113,7 @@ def _read(path: Path, _mtime_ns: int, size: int) -> Found:
     readers = {".star": _read_star, ".cs": _read_cs, ".parquet": _read_parquet}
     try:
         return readers[path.suffix.lower()](path, size)
-    except (CryodrgnPipelineError, ImportError, KeyError, OSError, ValueError):
+    except (CryodrgnPipelineError, EOFError, ImportError, KeyError, OSError, ValueError):
         return Found()  # the import will say what is wrong with it
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,10 +108,18 @@ class LevelImages:
         if self._kept:
             yield from (chunk for chunk in self._kept if chunk[0].start >= first)
             return
-        kept, keep = [], share.stop - share.start <= self._most_kept and done == 0
+        count = share.stop - share.start
+        kept, keep = [], count <= self._most_kept and done == 0
+        blocks: dict[str, Tensor] = {}  # between temporary ones, chunks of their own would lie in pieces
         rows = self.rows[: share.stop]
         for part, images in stream(self.stack, rows, self.plane, self.groups, first=first):
             if keep:
+                for name in ("coefficients", "ctf"):
+                    values: Tensor = getattr(images, name)
+                    if name not in blocks:
+                        blocks[name] = values.new_empty(count, values.shape[1])
+                    block = blocks[name][part.start - share.start : part.stop - share.start]
+                    images = replace(images, **{name: block.copy_(values)})
                 kept.append((part, images))
             yield part, images
         if keep:
