@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -114,12 +114,14 @@ class LevelImages:
         rows = self.rows[: share.stop]
         for part, images in stream(self.stack, rows, self.plane, self.groups, first=first):
             if keep:
+                moved: dict[str, Any] = {}
                 for name in ("coefficients", "ctf"):
                     values: Tensor = getattr(images, name)
                     if name not in blocks:
                         blocks[name] = values.new_empty(count, values.shape[1])
                     block = blocks[name][part.start - share.start : part.stop - share.start]
-                    images = replace(images, **{name: block.copy_(values)})
+                    moved[name] = block.copy_(values)
+                images = replace(images, **moved)
                 kept.append((part, images))
             yield part, images
         if keep:
