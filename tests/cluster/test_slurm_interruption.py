@@ -17,7 +17,7 @@ from interrupted import Make, same_result, the_training, unfinished
 from projects import TRAINED
 from slurm_cluster import SlurmCluster, kill_tree, until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy]
 
 
 @pytest.fixture
@@ -46,7 +46,6 @@ def test_a_cancelled_training_goes_on_when_it_is_run_again(
     same_result(project, uninterrupted)
 
 
-@pytest.mark.heavy
 def test_a_training_out_of_time_is_queued_again_with_more_and_goes_on(
     make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
 ) -> None:
@@ -68,7 +67,6 @@ def test_a_training_out_of_time_is_queued_again_with_more_and_goes_on(
     same_result(project, uninterrupted)
 
 
-@pytest.mark.heavy
 def test_a_training_on_a_node_that_goes_down_goes_on_elsewhere(
     make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
 ) -> None:
@@ -91,7 +89,6 @@ def test_a_training_on_a_node_that_goes_down_goes_on_elsewhere(
     same_result(project, uninterrupted)
 
 
-@pytest.mark.heavy
 def test_a_killed_head_leaves_its_training_alone_and_the_next_one_starts_no_second_writer(
     make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
 ) -> None:
@@ -116,7 +113,6 @@ def test_a_killed_head_leaves_its_training_alone_and_the_next_one_starts_no_seco
     same_result(project, uninterrupted)
 
 
-@pytest.mark.heavy
 def test_a_full_disk_stops_a_training_and_more_room_lets_it_go_on(
     make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
 ) -> None:
@@ -152,7 +148,6 @@ def fill_up(path: Path) -> None:
             return
 
 
-@pytest.mark.heavy
 def test_ctrl_c_cancels_the_jobs_and_the_training_saves(
     make: Make, tmp_path: Path, tidy: SlurmCluster, uninterrupted: Path
 ) -> None:
