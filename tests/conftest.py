@@ -12,6 +12,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist (`-n 2 --dist loadgroup`) the tests of a file share a process, and its fixtures.
+
+    Those on a cluster share one: there is one cluster at a time.
+    """
+    for item in items:
+        group = "cluster" if item.path.parent.name == "cluster" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of experimental fixtures; they are not part of the project, so a user may lack them."""

@@ -119,10 +119,14 @@ def test_rows_of_a_large_star_file_are_estimated_from_samples(
     for most in (10**9, 0):
         monkeypatch.setattr(sources, "READ_WHOLE_BYTES", most)
         sources._read.cache_clear()
-        found[most] = size_of(tmp_path, particles="p.star").particles
-    assert found[10**9] == 20_000
-    assert found[0] != 20_000
-    assert found[0] == pytest.approx(20_000, rel=0.02)
+        found[most] = size_of(tmp_path, particles="p.star")
+    assert (found[10**9].particles, found[10**9].sampled) == (20_000, False)
+    assert found[0].particles != 20_000
+    assert found[0].particles == pytest.approx(20_000, rel=0.02)
+    assert found[0].sampled
+    configured(tmp_path, {"datasets": {"mine": {"particles": "p.star"}}})
+    planned = plan_workflow(tmp_path / "config.yaml", tmp_path)
+    assert next(planned.lines()).startswith(f"mine: about {found[0].particles:,} particles of 16 px")
 
 
 def test_without_an_optics_table_the_box_is_that_of_the_image_file(tmp_path: Path) -> None:
@@ -355,6 +359,7 @@ def test_the_verb_says_as_json_what_the_jobs_add_up_to(rich: Path) -> None:
         "box_size_px": 16,
         "origin": "p.star",
         "assumed": "",
+        "sampled": False,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from cryodrgn_pipeline.particles import UNKNOWN_BOX, Ctf, ImageRef, Optics, Part
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 OPTICS_COLUMNS = (
     "optics_group",
@@ -79,14 +81,14 @@ def read_particles(path: Path) -> ParticleSet:
         If the file is missing, is no Parquet, lacks a column or holds nulls where none may be.
     """
     path = _file(path)
-    table = _read(path, None)
-    missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
-    if missing:
-        raise InputFormatError(
-            f"{path}: {len(missing)} of the columns of a particle table are missing: {', '.join(missing)}. "
-            "Make the table with `cryodrgn-pipeline import`."
-        )
-    return _from_table(table, path)
+    with _opened(path) as file:
+        missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise InputFormatError(
+                f"{path}: {len(missing)} of the columns of a particle table are missing: "
+                f"{', '.join(missing)}. Make the table with `cryodrgn-pipeline import`."
+            )
+        return _from_file(file, path)
 
 
 def read_extra(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -98,8 +100,12 @@ def read_extra(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         If the file is missing or lacks one of the columns.
     """
     path = _file(path)
-    table = _read(path, list(names))
-    return {name: _numpy(table[name]) for name in names}
+    with _opened(path) as file:
+        present = file.schema_arrow.names
+        missing = [name for name in names if name not in present]
+        if missing:
+            raise InputFormatError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present)}")
+        return {name: _numpy(_column(file, name)) for name in names}
 
 
 def to_table(particles: ParticleSet) -> pa.Table:
@@ -134,40 +140,51 @@ def to_table(particles: ParticleSet) -> pa.Table:
     return pa.table(columns)
 
 
-def _from_table(table: pa.Table, path: Path) -> ParticleSet:
+def _from_file(file: pq.ParquetFile, path: Path) -> ParticleSet:
+    """One column at a time, so that the table is not held twice."""
+    n = file.metadata.num_rows
+
     def numbers(name: str) -> NDArray[Any]:
-        column = table[name]
+        column = _column(file, name)
         if column.null_count:
             raise InputFormatError(
-                f"{path}: column {name} has no value in {column.null_count} of {len(table)} rows; "
+                f"{path}: column {name} has no value in {column.null_count} of {n} rows; "
                 "import the particles again"
             )
         return _numpy(column)
 
-    encoded = table["image_path"].combine_chunks().dictionary_encode()
-    nulls = {name: table[name].null_count for name in POSE_COLUMNS}
+    def optional(name: str) -> NDArray[Any] | None:
+        return numbers(name) if name in file.schema_arrow.names else None
+
+    def side_by_side(names: Sequence[str]) -> NDArray[np.float64]:
+        values = np.empty((n, len(names)))
+        for i, name in enumerate(names):
+            values[:, i] = numbers(name)
+        return values
+
+    unposed = n > 0 and all(_column(file, name).null_count == n for name in POSE_COLUMNS)
+    paths = _column(file, "image_path").unify_dictionaries().combine_chunks()
     return ParticleSet(
         particle_id=numbers("particle_id"),
         images=ImageRef(
-            stack_paths=tuple(encoded.dictionary.to_pylist()),
-            stack=encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64),
+            stack_paths=tuple(paths.dictionary.to_pylist()),
+            stack=paths.indices.to_numpy(zero_copy_only=False).astype(np.int64),
             index=numbers("image_index").astype(np.int64),
         ),
         optics=Optics(
-            box_size_px=_numpy(table["box_size_px"].fill_null(UNKNOWN_BOX)).astype(np.int64),
+            box_size_px=_numpy(_column(file, "box_size_px").fill_null(UNKNOWN_BOX)).astype(np.int64),
             **{name: numbers(name) for name in OPTICS_COLUMNS if name != "box_size_px"},
         ),
         ctf=Ctf(**{name: numbers(name) for name in CTF_COLUMNS}),
         poses=None
-        if len(table) > 0 and all(count == len(table) for count in nulls.values())
+        if unposed
         else Poses(
-            rotation=np.stack([numbers(name) for name in ROTATION_COLUMNS], axis=1).reshape(-1, 3, 3),
-            shift_a=np.stack([numbers(name) for name in SHIFT_COLUMNS], axis=1),
+            rotation=side_by_side(ROTATION_COLUMNS).reshape(-1, 3, 3), shift_a=side_by_side(SHIFT_COLUMNS)
         ),
         contrast_sign=numbers("contrast_sign"),
-        half_set=numbers("half_set") if "half_set" in table.column_names else None,
-        micrograph=numbers("micrograph") if "micrograph" in table.column_names else None,
-        class_number=numbers("class") if "class" in table.column_names else None,
+        half_set=optional("half_set"),
+        micrograph=optional("micrograph"),
+        class_number=optional("class"),
     )
 
 
@@ -181,18 +198,20 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _read(path: Path, names: list[str] | None) -> pa.Table:
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        present = pq.read_schema(path).names
-        missing = [name for name in names or () if name not in present]
-        if missing:
-            raise InputFormatError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present)}")
-        return pq.read_table(path, columns=names)
+        with pq.ParquetFile(path, read_dictionary=["image_path"]) as file:
+            yield file
     except pa.ArrowInvalid as error:
         raise InputFormatError(f"{path}: not a readable Parquet table ({error})") from error
+
+
+def _column(file: pq.ParquetFile, name: str) -> pa.ChunkedArray:
+    return file.read([name])[name]
 
 
 def _array(values: NDArray[Any]) -> pa.Array:

@@ -28,13 +28,15 @@ VALUES = re.compile(rb"""\"[^\"]*\"|'[^']*'|\S+""")
 class SourceSize:
     """`particles` and the box of their images before preprocessing, and where the two are known from.
 
-    `assumed` says in words what no file told; it is empty where both numbers were found.
+    `assumed` says in words what no file told; it is empty where both numbers were found. `sampled`: the rows
+    were not counted but estimated from samples.
     """
 
     particles: int
     box_size_px: int
     origin: str
     assumed: str = ""
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class Found:
     particles: int | None = None
     box_size_px: int | None = None
     stack: str | None = None
+    sampled: bool = False
 
 
 def source_size(name: str, dataset: Dataset, results: Path, directory: Path) -> SourceSize:
@@ -81,6 +84,7 @@ def source_size(name: str, dataset: Dataset, results: Path, directory: Path) -> 
         box_size_px=box or ASSUMED_BOX_PX,
         origin=origin,
         assumed=f"{assumed} assumed: {source} does not tell yet" if assumed else "",
+        sampled=found.sampled,
     )
 
 
@@ -125,8 +129,12 @@ def _read_star(path: Path, size: int) -> Found:
                 box = int(float(row[columns.index(b"_rlnImageSize")]))
             if b"_rlnImageName" in columns:
                 image = row[columns.index(b"_rlnImageName")].decode(errors="replace")
-                rows = _rows_between(file, start, size)
-                return Found(particles=rows, box_size_px=box, stack=image.partition("@")[2] or None)
+                return Found(
+                    particles=_rows_between(file, start, size),
+                    box_size_px=box,
+                    stack=image.partition("@")[2] or None,
+                    sampled=size - start > READ_WHOLE_BYTES,
+                )
     return Found()
 
 

@@ -63,7 +63,8 @@ class Planned:
         """The same for a reader."""
         for name, source in self.sources.items():
             known = f" ({source.origin})" if source.origin else ""
-            yield f"{name}: {source.particles:,} particles of {source.box_size_px} px{known}"
+            about = "about " if source.sampled else ""
+            yield f"{name}: {about}{source.particles:,} particles of {source.box_size_px} px{known}"
             if source.assumed:
                 yield f"  {source.assumed}"
         yield ""
