@@ -1,10 +1,11 @@
 """Whether an epoch is bound by the disk or by arithmetic: what the data path of network training costs.
 
-    python benchmarks/data_path.py STACK [--cold]
+    python benchmarks/data_path.py STACK [--cold | --profile]
 
 Reads the images of an epoch in its random order three times: as bare bytes, as batches (read, transformed,
 with CTFs, on the device) that nobody uses, and in a training that does. The loop should wait for a small part
 of its time, or the bytes alone should take as long. --cold: from the disk, not from the system's cache.
+--profile: what the time of a batch goes to, in one thread.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cryodrgn_pipeline.stack import Stack
 from cryodrgn_pipeline.training.data import TrainingData
 from cryodrgn_pipeline.training.loop import Trainer
 from cryodrgn_pipeline.training.settings import TrainingSettings
+from cryodrgn_pipeline.training.windows import read_in_order
 
 
 def network(box_size_px: int) -> VaeConfig:
@@ -124,6 +126,44 @@ def table(data: TrainingData, batch_size: int, trained: int, cold: bool) -> str:
     return "\n".join(lines)
 
 
+def profile(data: TrainingData, order: NDArray[np.int64], batch_size: int) -> str:
+    """What a batch takes in one thread: reading, Python, and arithmetic by kind.
+
+    Python's part, with what torch needs to start an operation, is what a batch takes whatever its size: from
+    batches of `batch_size` and of a quarter of it. The profiler divides the rest.
+    """
+
+    def seconds(size: int) -> tuple[float, float]:
+        """Of a batch of so many: to read it, and to make it of what was read."""
+        parts = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        numbers = [number * size // data.windows.window for number in range(len(parts))]
+        asked = time.perf_counter()
+        images = list(read_in_order(data.stack.images, parts, numbers))
+        read = time.perf_counter()
+        for part, pixels in zip(parts, images, strict=True):
+            data.batch(part, images=pixels)
+        return (read - asked) / len(parts), (time.perf_counter() - read) / len(parts)
+
+    seconds(batch_size)  # the first time brings the file into the system's cache
+    reading, making = seconds(batch_size)
+    _, of_small = seconds(batch_size // 4)
+    fixed = max(0.0, (4 * of_small - making) / 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
+        seconds(batch_size)
+    took = {event.key: event.self_cpu_time_total for event in watched.key_averages()}
+    share = sum(us for name, us in took.items() if "fft" in name) / sum(took.values())
+    rows = {
+        "reading": reading,
+        "transforms": share * (making - fixed),
+        "CTFs, grey scale, gathering": (1 - share) * (making - fixed),
+        "Python, and starting operations": fixed,
+    }
+    lines = [f"| of a batch of {batch_size} | ms | share |", "|---|---|---|"]
+    whole = sum(rows.values())
+    lines += [f"| {name} | {1e3 * s:.2f} | {100 * s / whole:.0f} % |" for name, s in rows.items()]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,6 +175,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--cold", action="store_true", help="read from the disk")
     parser.add_argument("--epoch", action="store_true", help="only read an epoch of batches")
+    parser.add_argument("--profile", action="store_true", help="what the time of a batch goes to")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -143,6 +184,11 @@ def main() -> int:
         order = data.epoch_order(np.arange(len(data)), 0, 0)
         seconds = read_batches(data, order, options.batch_size)
         print(f"{len(order) / seconds:.0f} images/s")
+        return 0
+    if options.profile:
+        torch.set_num_threads(1)
+        some = data.epoch_order(np.arange(len(data)), 0, 0)[: 64 * options.batch_size]
+        print(profile(data, some, options.batch_size))
         return 0
     print(table(data, options.batch_size, options.trained, options.cold))
     return 0

@@ -53,7 +53,7 @@ class Stack:
             If the folder is no stack, or its files do not fit each other or have changed size.
         """
         path = Path(path)
-        info = _read_info(path)
+        info = read_stack_info(path)
         particles = read_particles(path / PARTICLES)
         images = MrcImages(path / IMAGES)
         header, n, d = images.header, info["n_particles"], info["box_size_px"]
@@ -154,7 +154,14 @@ def stack_rows(path: Path, subset: Path | None) -> tuple[Stack, NDArray[np.int64
     return stack, read_id_rows(subset, stack.particles.particle_id, f"the stack {path}")
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_stack_info(path: Path) -> dict[str, Any]:
+    """The stack.json of a stack: what can be known of it without its table.
+
+    Raises
+    ------
+    InputFormatError
+        If the folder is no stack.
+    """
     info = read_json(path / INFO, "a stack is made with `cryodrgn-pipeline preprocess`")
     missing = [key for key in ("n_particles", "box_size_px", "pixel_size_a", "dtype") if key not in info]
     if missing:

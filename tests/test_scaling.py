@@ -128,6 +128,22 @@ def test_the_data_path_is_timed_with_and_without_a_network(tiny_set: Path) -> No
     assert "%" in table.splitlines()[-1]
 
 
+def test_the_time_of_a_batch_is_divided_without_a_rest(tiny_set: Path) -> None:
+    import torch
+
+    data = data_path.training_data(tiny_set / "stack", torch.device("cpu"))
+    lines = data_path.profile(data, np.arange(96), 32).splitlines()
+    rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines[2:]]
+    assert [name for name, *_ in rows] == [
+        "reading",
+        "transforms",
+        "CTFs, grey scale, gathering",
+        "Python, and starting operations",
+    ]
+    assert all(float(ms) >= 0 for _, ms, _ in rows)
+    assert sum(float(share.removesuffix("%")) for *_, share in rows) == pytest.approx(100, abs=2)
+
+
 def test_the_subspace_speed_is_measured_against_its_formulas() -> None:
     command = [sys.executable, str(BENCHMARKS / "subspace_speed.py"), "--boxes", "16", "--maps", "3"]
     command += ["--images", "20", "--threads", "1"]

@@ -179,18 +179,21 @@ def no_locks(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("holder", "free"),
+    ("holder", "job", "free"),
     [
-        ({"host": "elsewhere", "pid": 1, "slurm_job_id": None}, False),
+        ({"host": "elsewhere", "pid": 1, "slurm_job_id": None}, "4711", False),
+        ({"host": "elsewhere", "pid": 1, "slurm_job_id": None}, None, False),
         # this job, before it was requeued
-        ({"host": "elsewhere", "pid": 1, "slurm_job_id": "4711"}, True),
-        ({"host": "elsewhere", "pid": 1, "slurm_job_id": "4712"}, False),
-        ({"host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": None}, False),
+        ({"host": "elsewhere", "pid": 1, "slurm_job_id": "4711"}, "4711", True),
+        ({"host": "elsewhere", "pid": 1, "slurm_job_id": "4712"}, "4711", False),
+        ({"host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": None}, "4711", False),
     ],
 )
-def test_where_there_are_no_locks_a_file_says_who_writes(tmp_path, monkeypatch, holder, free):
+def test_where_there_are_no_locks_a_file_says_who_writes(tmp_path, monkeypatch, holder, job, free):
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
     claim = tmp_path / ".out.lock.held"
     claim.write_text(json.dumps(holder))
     if free:

@@ -163,7 +163,7 @@ def train(
         say(run / "latent.parquet")
         return
     from cryodrgn_pipeline.models.vae import VaeConfig
-    from cryodrgn_pipeline.stack import Stack
+    from cryodrgn_pipeline.stack import read_stack_info
     from cryodrgn_pipeline.training.run import TrainingRequest, train_vae
     from cryodrgn_pipeline.training.settings import TrainingSettings
 
@@ -186,7 +186,7 @@ def train(
     )
     try:
         model = VaeConfig(
-            box_size_px=Stack.open(stack).box_size_px,
+            box_size_px=int(read_stack_info(stack)["box_size_px"]),
             latent_dim=latent_dim,
             encoder_width=encoder_width,
             encoder_layers=encoder_layers,

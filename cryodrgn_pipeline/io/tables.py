@@ -163,7 +163,7 @@ def _from_file(file: pq.ParquetFile, path: Path) -> ParticleSet:
         return values
 
     unposed = n > 0 and all(_column(file, name).null_count == n for name in POSE_COLUMNS)
-    paths = _column(file, "image_path").unify_dictionaries().combine_chunks()
+    paths = _column(file, "image_path").combine_chunks().dictionary_encode()
     return ParticleSet(
         particle_id=numbers("particle_id"),
         images=ImageRef(
@@ -204,7 +204,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, read_dictionary=["image_path"]) as file:
+        with pq.ParquetFile(path) as file:
             yield file
     except pa.ArrowInvalid as error:
         raise InputFormatError(f"{path}: not a readable Parquet table ({error})") from error

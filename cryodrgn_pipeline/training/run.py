@@ -101,17 +101,8 @@ def _train(
 ) -> None:
     settings, run, started = request.settings, request.run, time.monotonic()
     folder = CheckpointFolder(run, fingerprint)
-    state, start = None, None
-    if ranks.leads:
-        state = folder.open(resume=request.resume, epochs=settings.epochs)
-        (run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
     from_subspace = request.model.encoder == "subspace" or request.model.decoder == "basis"
-    if ranks.leads and from_subspace:
-        start = Start.load(folder.path, fingerprint)
-    resuming, started_from = ranks.largest(state is not None, start is not None)
-    if not ranks.leads:  # rank 0 has put in order what the others read
-        state = load_state(folder.state_file) if resuming else None
-        start = Start.load(folder.path, fingerprint) if started_from else None
+    state, start = _saved(folder, request, from_subspace, ranks)
     if from_subspace and start is None:
         subspace = _of_subspace(request)
         with keeping(journal_of(subspace, stack, folder, stop, ranks)):
@@ -171,22 +162,50 @@ def _train(
 
     trainer.run(save, stop)
     latents = trainer.evaluate(rows, low_resolution_points(data))
-    if not ranks.leads:
-        return
-    columns = latent_columns(latents) | {"held_out": np.isin(rows, held_out_rows)}
+    if ranks.leads:
+        _write_results(request, stack, rows, trainer, start, latents)
+        about = _manifest(request, stack, trainer, fingerprint, start, time.monotonic() - started)
+        write_json(run / MANIFEST, about)
+        log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
+
+
+def _saved(
+    folder: CheckpointFolder, request: TrainingRequest, from_subspace: bool, ranks: Ranks
+) -> tuple[dict[str, Any] | None, Start | None]:
+    """What an earlier attempt left: the state of training, and what was learnt for it to start from."""
+    state, start = None, None
+    if ranks.leads:
+        state = folder.open(resume=request.resume, epochs=request.settings.epochs)
+        (request.run / MANIFEST).unlink(missing_ok=True)  # what a shorter run left is no longer the whole
+    if ranks.leads and from_subspace:
+        start = Start.load(folder.path, folder.fingerprint)
+    resuming, started_from = ranks.largest(state is not None, start is not None)
+    if not ranks.leads:  # rank 0 has put in order what the others read
+        state = load_state(folder.state_file) if resuming else None
+        start = Start.load(folder.path, folder.fingerprint) if started_from else None
+    return state, start
+
+
+def _write_results(
+    request: TrainingRequest,
+    stack: Stack,
+    rows: NDArray[np.int64],
+    trainer: Trainer,
+    start: Start | None,
+    latents: dict[str, NDArray[Any]],
+) -> None:
+    """Latents, model and metrics; the manifest, which says that they are whole, comes after them."""
+    run = request.run
+    columns = latent_columns(latents) | {"held_out": np.isin(rows, trainer.held_out_rows)}
     write_columns(
         run / "latent.parquet",
-        {"particle_id": data.particle_id} | columns | ({} if start is None else start.columns),
+        {"particle_id": trainer.data.particle_id} | columns | ({} if start is None else start.columns),
     )
     model = _trained(trainer, stack, start)
     if isinstance(model, TrainedModel) and start is None:
         model = replace(model, grey=grey_reference(model, stack, rows, latents["mean"]))
     save_model(run / MODEL_FILE, model)
     write_metrics(run, trainer.progress.metrics)
-    write_json(
-        run / MANIFEST, _manifest(request, stack, trainer, fingerprint, start, time.monotonic() - started)
-    )
-    log.info("trained in %s: %s", duration(trainer.progress.seconds), run)
 
 
 def _of_subspace(request: TrainingRequest) -> SubspaceRequest:

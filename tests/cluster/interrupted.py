@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +20,14 @@ Make = Callable[..., Project]
 
 
 def the_training(cluster: SlurmCluster, project: Project) -> Job:
-    """The training's job, once it runs and has saved."""
+    """The training's job, once it runs and has saved.
+
+    Its process stands still from here on, so that it does not end first on a fast machine; Slurm's signals
+    wake it.
+    """
     saved = project.run_folder / "checkpoints" / "state.pt"
     until(lambda: saved.exists() and project.epoch >= 12, "a training that has saved", 300)
+    os.kill(project.pid, signal.SIGSTOP)
     (job,) = cluster.active("train_model")
     return job
 
@@ -36,6 +43,13 @@ def loss_curve(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ("epoch", "step", "reconstruction", "kld", "held_out_reconstruction")
     return [{name: row[name] for name in names} for row in rows if row["kind"] == "epoch"]
+
+
+def goes_on(project: Project, uninterrupted: Path, *, after: int) -> None:
+    """It went on after so many epochs or more, to the result of the uninterrupted run."""
+    assert project.resumed_after is not None
+    assert project.resumed_after >= after
+    same_result(project, uninterrupted)
 
 
 def same_result(project: Project, uninterrupted: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -101,6 +102,11 @@ class Project:
     def run_folder(self) -> Path:
         """The folder of the one training."""
         return self.folder / RUN
+
+    @property
+    def pid(self) -> int:
+        """The process of the training that runs."""
+        return int(json.loads((self.run_folder / "progress.json").read_text(encoding="utf-8"))["pid"])
 
     @property
     def log(self) -> str:
