@@ -295,8 +295,11 @@ def test_a_training_on_several_gpus_holds_more_and_takes_less_time() -> None:
     assert four.seconds > eight.seconds
 
 
-def test_every_process_of_a_subspace_holds_its_sums() -> None:
-    one, four = (plan_of(resources={"train": {"gpus": gpus}}).needs("train", **STANDARD) for gpus in (1, 4))
+def test_every_process_of_a_subspace_holds_its_sums_and_shares_the_passes() -> None:
+    none, one, four = (
+        plan_of(resources={"train": {"gpus": gpus}}).needs("train", **STANDARD) for gpus in (0, 1, 4)
+    )
+    assert none.seconds > one.seconds > four.seconds
     assert four.memory_bytes == pytest.approx(4 * one.memory_bytes)
 
 

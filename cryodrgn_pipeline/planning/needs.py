@@ -22,6 +22,7 @@ ROW_BYTES = 250  # ... and on disk
 CHUNK_BYTES = 64 * 2**20  # of images in work
 
 KERNELS_PER_S = 1.2e9  # multiply-adds of the compiled kernels, per core
+GPU_KERNELS_PER_S = 3e10  # ... of the same in torch, on a GPU
 NETWORK_PER_S = 2e10  # ... of a network's matrix products
 GPU_PER_S = 1e13  # ... on a GPU
 TRANSFORMS_PER_S = 2e9  # operations of FFTs, per core
@@ -132,7 +133,7 @@ def train_needs(
     """
     trained = given.method == "vae" and (given.encoder == "image" or given.decoder == "mlp")
     starts = not trained or given.encoder == "subspace" or given.decoder == "basis"
-    learning = _subspace_needs(particles, box_size_px, given, threads) if starts else None
+    learning = _subspace_needs(particles, box_size_px, given, threads, gpus, nodes) if starts else None
     if learning is not None:  # each process holds the sums of all images
         learning = replace(learning, memory_bytes=max(1, gpus) * learning.memory_bytes)
     training = _network_needs(particles, box_size_px, given, threads, gpus, nodes) if trained else None
@@ -144,7 +145,9 @@ def train_needs(
     )
 
 
-def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int) -> Needs:
+def _subspace_needs(
+    particles: int, box_size_px: int, given: Train, threads: int, gpus: int, nodes: int
+) -> Needs:
     linear = given.method == "subspace"
     components = given.latent_dim if linear else KERNEL_MAPS - 1
     if linear:
@@ -157,23 +160,23 @@ def _subspace_needs(particles: int, box_size_px: int, given: Train, threads: int
     taught = min(particles, given.learn_from)
     read_s = 4 * box_size_px**2 / DISK_PER_S
     levels = levels_of(box_size_px)
-    fast, seconds = cores(threads), COMPILING_S
+    # of one process: it solves for itself, and shares the passes with the others
+    alone = GPU_KERNELS_PER_S if gpus else KERNELS_PER_S * cores(threads)
+    solving, per_s, seconds = alone / KERNELS_PER_S, alone * nodes * max(1, gpus), COMPILING_S
     for number, level in enumerate(levels):
         images = taught if number else min(taught, 50_000)
         iterations = 3 if number else 20  # with and without offsets of poses
         sums, looks = _passes(level, tried)
-        seconds += iterations * images * (sums + looks) / KERNELS_PER_S / fast
-        seconds += iterations * _solve_seconds(level, tried, 4) / fast
+        seconds += iterations * images * (sums + looks) / per_s
+        seconds += iterations * _solve_seconds(level, tried, 4) / solving
         seconds += (3 if number else 1) * taught * read_s
     # maps from those that teach; then where all lie, twice where poses are off, and on the functions' maps
     for box in {levels[-1], box_size_px}:
         sums, _ = _passes(box, final)
-        seconds += (
-            taught * (sums / KERNELS_PER_S / fast + 2 * read_s) + _solve_seconds(box, final, exact) / fast
-        )
+        seconds += taught * (sums / per_s + 2 * read_s) + _solve_seconds(box, final, exact) / solving
     for maps in (tried, tried) if linear else (tried, tried, final):
         _, looks = _passes(levels[-1], maps)
-        seconds += particles * (looks / KERNELS_PER_S / fast + read_s)
+        seconds += particles * (looks / per_s + read_s)
     if not linear and given.decoder == "basis":
         seconds += START_STEPS * START_BATCH * START_MULTIPLY_ADDS / NETWORK_PER_S
     return Needs(
