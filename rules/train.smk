@@ -1,4 +1,5 @@
 # RUN/checkpoints is not declared: Snakemake would delete it before a retry, and the resume with it.
+# exec: Slurm's SIGTERM goes to all processes of a job, and takes back the time to save once a shell has died of it.
 # The consensus is ancient(): training waits for its verdict on the conventions, not for its numbers.
 rule train_model:
     input:
@@ -32,6 +33,6 @@ rule train_model:
     message:
         "{wildcards.dataset}/{wildcards.subset}/{wildcards.run}: training"
     shell:
-        "{params.srun}cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q}"
+        "exec {params.srun}cryodrgn-pipeline train {params.stack:q} {params.subset:q} {input.ids:q}"
         " {params.options:q} {params.together:q} --resume --threads {threads}"
         " -o {params.folder:q} &> {log:q}"

@@ -167,6 +167,7 @@ def test_processes_are_interrupted_together_a_lost_one_ends_all_and_any_number_g
     _, log = stopped.communicate()
     assert stopped.returncode == 128 + signal.SIGTERM, log
     assert "in 2 processes" in log
+    assert "Warning" not in log
     assert "a checkpoint; go on with the same command and --resume" in log
     steps = load_state(run / "checkpoints" / "state.pt")["progress"]["step"]
 

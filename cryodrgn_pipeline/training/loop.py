@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ LOSSES_IN_FLIGHT = {"cpu": 1, "cuda": 64}  # reading a loss from a GPU waits for
 FIRST_DISC = 0.25  # of the full radius, where frequency marching starts
 SAVED = "a checkpoint; go on with the same command and --resume"
 EVIDENCE_BETA = 2.0  # the loss is then −2/n times the evidence lower bound, where noise has unit power
+# what tells that buffers, which are the same in all ranks, need not be sent with every batch
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"  # torch before 2.13
+)
 
 Network = Vae | ResidualVae | ImageBasisVae
 
@@ -127,7 +134,8 @@ class Trainer:
             self.progress = Progress(**state["progress"])
         self.network: nn.Module = _Parts(vae)
         if ranks.size > 1:
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+            words: dict[str, Any] = {SYNC_BUFFERS: False}
+            self.network = DistributedDataParallel(self.network, **words)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on as if nothing had happened."""

@@ -22,8 +22,8 @@ Make = Callable[..., Project]
 def the_training(cluster: SlurmCluster, project: Project) -> Job:
     """The training's job, once it runs and has saved.
 
-    Its process stands still from here on, so that it does not end first on a fast machine; Slurm's signals
-    wake it.
+    Its process stands still from here on, so that it does not end first on a fast machine; Slurm wakes those
+    that it tells to end.
     """
     saved = project.run_folder / "checkpoints" / "state.pt"
     until(lambda: saved.exists() and project.epoch >= 12, "a training that has saved", 300)
