@@ -588,10 +588,12 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights_and_l
     assert latents(tmp_path / "whole").equals(latents(run))
 
 
-def test_sigterm_saves_and_ends_with_the_signals_exit_code(tiny_set, tmp_path):
+def test_sigterm_even_twice_as_slurm_does_saves_and_ends_with_the_signals_exit_code(tiny_set, tmp_path):
     run = tmp_path / "run"
     victim = start_training(tiny_set, run, 100_000)
     wait_for(run / "checkpoints" / "state.pt", victim)
+    victim.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
     victim.send_signal(signal.SIGTERM)
     _, log = victim.communicate()
     assert victim.returncode == 128 + signal.SIGTERM, log

@@ -51,5 +51,6 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends two, Snakemake one after Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
     raise Interrupted(number)

@@ -124,7 +124,10 @@ def only_writer(run: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT: the loop saves and leaves at the next batch; a second signal kills."""
+    """Set by SIGTERM or SIGINT: the loop saves and leaves at the next batch; a second SIGINT (Ctrl-C) kills.
+
+    A second SIGTERM does not: Slurm sends two.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -143,6 +146,6 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        if not started_by_torchrun():  # it hands a signal on that Slurm has sent to all processes already
+        self.signal_number = self.signal_number or number
+        if number == signal.SIGINT and not started_by_torchrun():  # it hands on what all processes have had
             signal.signal(number, signal.SIG_DFL)
