@@ -150,6 +150,17 @@ def size_of(path: Path) -> int:
     return sum(each.stat().st_size for each in files)
 
 
+def compile_kernels(folder: Path, box_size_px: int) -> None:
+    """Train on a few particles, unmeasured: the first training of an installation compiles its kernels."""
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    for step in chain(folder, 300, box_size_px, 300):
+        measure(step, 300, folder / "log.txt")
+        if step.name == "train":
+            break
+
+
 def measured_file(step: Step, folder: Path) -> Path:
     """Where what a step took is kept."""
     return folder / "measured" / f"{step.name.replace(' ', '_')}.json"
@@ -240,8 +251,9 @@ def page(results: list[Measured], box_size_px: int, learn_from: int) -> str:
         "cheap: 2,000 distinct simulated particles repeat, each time with other noise out of 4,001 images, "
         "so that each image differs; the files have the size that as many different particles would have. "
         f"`train` is `--method subspace --latent-dim {LATENT_DIM} --learn-from {learn_from}`: at most "
-        f"{learn_from:,} particles teach the subspace and its maps, and all are placed in one pass. *read an "
-        "epoch* is the data path of network training alone, from the disk to batches, in random order.",
+        f"{learn_from:,} particles teach the subspace and its maps, and all are placed in one pass. Kernels "
+        "were compiled before, as they are once in an installation. *read an epoch* is the data path of "
+        "network training alone, from the disk to batches, in random order.",
         f"Machine: {_cpu()}, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory, each step on "
         f"{threads} core(s). Others used the machine too: wall times are upper limits, and CPU times are "
         "longer than on an idle one. Wall time (CPU time of all threads), and the peak of anonymous memory "
@@ -276,6 +288,8 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write the page of what is measured, no more")
     parser.add_argument("-o", "--output", type=Path, default=BENCHMARKS / "SCALING.md")
     options = parser.parse_args()
+    if not options.page:
+        compile_kernels(options.folder / "compiled", options.box_size)
     results = []
     for particles in options.particles:
         folder = options.folder / str(particles)

@@ -71,7 +71,9 @@ def trained(tiny_set: Path) -> Path:
 def test_a_stopped_preprocess_leaves_nothing(tiny_set, tmp_path, run_verb, monkeypatch):
     words = ["preprocess", tiny_set / "import", "--box-size", 12, "-o", tmp_path / "stack"]
     on_call(monkeypatch, stack_run.MrcStackWriter, "append", stopping(signal.SIGTERM), at=1)
-    on_call(monkeypatch, stack_run.MrcStackWriter, "__exit__", stopping(signal.SIGTERM), at=1)  # Slurm's second
+    on_call(
+        monkeypatch, stack_run.MrcStackWriter, "__exit__", stopping(signal.SIGTERM), at=1
+    )  # Slurm's second
     code, said = run_verb(*words)
     assert code == 143, said
     assert "stopped by signal 15: what was not whole is removed" in said
