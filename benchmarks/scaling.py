@@ -31,6 +31,7 @@ LEARN_FROM = 10_000
 LATENT_DIM = 8
 SAMPLE_EVERY_S = 0.1
 MOST_BYTES = 8 * 2**30
+NOISE = 0.05  # relative, root mean square: repeated runs differ by more
 N_LOG_N = 1.08  # what N log N fits as between 10,000 and 1,000,000, as a power of N
 
 
@@ -184,23 +185,25 @@ def measured_or_read(step: Step, particles: int, folder: Path) -> Measured:
     return result
 
 
-def growth(particles: list[int], values: list[float]) -> float:
+def growth(particles: list[int], values: list[float]) -> tuple[float, float, float]:
     """The power p with which a + b Nᵖ, a and b not negative, fits values best by relative error.
 
     The constant is what a step takes for itself, start-up above all; without it short runs would hide growth.
+    The second and third number are the lowest and highest p that fit within NOISE: three sizes do not fix it
+    any better.
     """
     from scipy.optimize import nnls
 
     n, v = np.array(particles, dtype=float), np.array(values, dtype=float)
     if not (v > 0).all():
         raise ValueError(f"growth of {values}: positive numbers expected")
-    best, chosen = math.inf, 0.0
-    for power in np.arange(0, 2.501, 0.01):
+    powers, misfits = np.arange(0, 2.501, 0.01), []
+    for power in powers:
         columns = np.stack([1 / v, (n / n.max()) ** power / v], axis=1)
-        (_, factor), residual = nnls(columns, np.ones(len(v)))
-        if residual < best - 1e-9:
-            best, chosen = residual, float(power) if factor > 0 else 0.0
-    return chosen
+        misfits.append(nnls(columns, np.ones(len(v)))[1] / math.sqrt(len(v)))
+    best = int(np.argmin(np.round(misfits, 9)))
+    within = powers[np.array(misfits) <= max(NOISE, misfits[best])]
+    return float(powers[best]), float(within[0]), float(within[-1])
 
 
 def table(results: list[Measured]) -> str:
@@ -219,9 +222,14 @@ def table(results: list[Measured]) -> str:
         if len(rows) >= 3:
             counts = [one.particles for one in rows]
             measures: list[Callable[[Measured], float]] = [lambda m: m.cpu_s, lambda m: m.peak_bytes]
-            powers = [f"N^{growth(counts, [of(one) for one in rows]):.2f}" for of in measures]
+            powers = [_power(growth(counts, [of(one) for one in rows])) for of in measures]
         lines.append(f"| {name} | {' | '.join(cells)} | {' | '.join(powers)} |")
     return "\n".join(lines)
+
+
+def _power(fitted: tuple[float, float, float]) -> str:
+    best, lowest, highest = fitted
+    return f"N^{best:.2f} ({lowest:.2f}–{highest:.2f})"
 
 
 def _cell(one: Measured | None) -> str:
@@ -244,6 +252,15 @@ def page(results: list[Measured], box_size_px: int, learn_from: int) -> str:
         for one in results
         if one.particles == most and one.step != "read an epoch"
     )
+    before = [one for one in results if one.step == highest.step and one.particles < highest.particles]
+    slope = ""
+    if before:
+        nearest = max(before, key=lambda one: one.particles)
+        each = (highest.peak_bytes - nearest.peak_bytes) / (highest.particles - nearest.particles)
+        slope = (
+            f"; from {nearest.particles:,} to {highest.particles:,} particles it grew by {each / 1e3:.1f} KB "
+            "a particle (below, what does not depend on N may hide it)"
+        )
     limit = "below" if highest.peak_bytes < MOST_BYTES else "ABOVE"
     paragraphs = [
         "# Scaling, measured",
@@ -259,10 +276,11 @@ def page(results: list[Measured], box_size_px: int, learn_from: int) -> str:
         "longer than on an idle one. Wall time (CPU time of all threads), and the peak of anonymous memory "
         "of the process and its children, which leaves out files that the system keeps in its cache.",
         table(results),
-        "Growth: the power p with which a + b Nᵖ fits (CPU time, peak memory), a being what a step takes "
-        f"whatever N is; N log N would fit as {N_LOG_N}. The highest peak is that of {highest.step} with "
+        "Growth: the power p with which a + b Nᵖ fits best (CPU time, peak memory), a being what a step "
+        f"takes whatever N is; in brackets all p that fit within {100 * NOISE:.0f} %. N log N would fit as "
+        f"{N_LOG_N}. The highest peak is that of {highest.step} with "
         f"{highest.particles:,} particles, {highest.peak_bytes / 2**30:.2f} GiB, {limit} the limit of "
-        f"{MOST_BYTES / 2**30:.0f} GiB.",
+        f"{MOST_BYTES / 2**30:.0f} GiB{slope}.",
         f"What {most:,} particles leave on the disk: {files}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
