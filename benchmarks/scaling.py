@@ -30,6 +30,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 LEARN_FROM = 10_000
 LATENT_DIM = 8
 SAMPLE_EVERY_S = 0.1
+SHORT_S = 60
 MOST_BYTES = 8 * 2**30
 NOISE = 0.05  # relative, root mean square: repeated runs differ by more
 N_LOG_N = 1.08  # what N log N fits as between 10,000 and 1,000,000, as a power of N
@@ -167,13 +168,20 @@ def measured_file(step: Step, folder: Path) -> Path:
     return folder / "measured" / f"{step.name.replace(' ', '_')}.json"
 
 
-def measured_or_read(step: Step, particles: int, folder: Path) -> Measured:
-    """What a step took: from the folder's file if it was measured before, else measured now."""
+def measured_or_read(step: Step, particles: int, folder: Path, repeats: int) -> Measured:
+    """What a step took: from the folder's file if it was measured before, else measured now.
+
+    A step of less than a minute is run `repeats` times and the run of least CPU time counts: what else the
+    machine does at the time would else look like growth.
+    """
     kept = measured_file(step, folder)
     if kept.is_file():
         return Measured(**json.loads(kept.read_text(encoding="utf-8")))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    result = measure(step, particles, kept.with_suffix(".log"))
+    runs = [measure(step, particles, kept.with_suffix(".log"))]
+    while runs[0].wall_s < SHORT_S and len(runs) < repeats:
+        runs.append(measure(step, particles, kept.with_suffix(".log")))
+    result = min(runs, key=lambda one: one.cpu_s)
     temporary = kept.with_suffix(".part")
     temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
     temporary.replace(kept)
@@ -276,8 +284,9 @@ def page(results: list[Measured], box_size_px: int, learn_from: int) -> str:
         "longer than on an idle one. Wall time (CPU time of all threads), and the peak of anonymous memory "
         "of the process and its children, which leaves out files that the system keeps in its cache.",
         table(results),
-        "Growth: the power p with which a + b Nᵖ fits best (CPU time, peak memory), a being what a step "
-        f"takes whatever N is; in brackets all p that fit within {100 * NOISE:.0f} %. N log N would fit as "
+        f"Steps of less than {SHORT_S} s: the best of three runs. Growth: the power p with which a + b Nᵖ "
+        "fits best (CPU time, peak memory), a being what a step takes whatever N is; in brackets all p that "
+        f"fit within {100 * NOISE:.0f} %. N log N would fit as "
         f"{N_LOG_N}. The highest peak is that of {highest.step} with "
         f"{highest.particles:,} particles, {highest.peak_bytes / 2**30:.2f} GiB, {limit} the limit of "
         f"{MOST_BYTES / 2**30:.0f} GiB{slope}.",
@@ -302,6 +311,7 @@ def main() -> int:
     parser.add_argument("--particles", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--box-size", type=int, default=64, help="px")
     parser.add_argument("--learn-from", type=int, default=LEARN_FROM)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a step of less than a minute")
     parser.add_argument("--steps", nargs="+", help="only these steps; no page is written")
     parser.add_argument("--page", action="store_true", help="write the page of what is measured, no more")
     parser.add_argument("-o", "--output", type=Path, default=BENCHMARKS / "SCALING.md")
@@ -314,7 +324,7 @@ def main() -> int:
         for step in chain(folder, particles, options.box_size, options.learn_from):
             wanted = options.steps is None or step.name in options.steps
             if wanted and (not options.page or measured_file(step, folder).is_file()):
-                results.append(measured_or_read(step, particles, folder))
+                results.append(measured_or_read(step, particles, folder, options.repeats))
     if options.steps is None:
         options.output.write_text(page(results, options.box_size, options.learn_from), encoding="utf-8")
     return 0
