@@ -138,6 +138,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     who = f"process {os.getpid()} on {socket.gethostname()}, Slurm job 4711"
     lock = tmp_path / ".lock"
+    lock.write_text("what one that was killed left " * 20)
     with (
         held(lock, tmp_path),
         pytest.raises(CryodrgnPipelineError, match=f"{who} holds"),
