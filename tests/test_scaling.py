@@ -83,7 +83,7 @@ def test_memory_is_that_of_a_process_and_its_children_without_files() -> None:
 def test_a_step_that_fails_ends_the_benchmark_with_its_log(tmp_path: Path) -> None:
     step = scaling.Step("import", (sys.executable, "-c", "raise SystemExit('no such set')"), tmp_path)
     with pytest.raises(SystemExit, match="no such set"):
-        scaling.measured_or_read(step, 10, tmp_path)
+        scaling.measured_or_read(step, 10, tmp_path, 1)
     assert not list(tmp_path.glob("measured/*.json"))
 
 

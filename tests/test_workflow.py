@@ -73,7 +73,7 @@ def commands(*words: object, cwd: Path) -> list[list[str]]:
     """The shell commands that a dry run announces, split into words as a shell would."""
     done = snakemake("--dry-run", "--printshellcmds", *words, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^Shell command: (cryodrgn-pipeline .*) &> .*$", done.stdout, flags=re.MULTILINE)
+    found = re.findall(r"^Shell command: (?:exec )?(cryodrgn-pipeline .*) &> .*$", done.stdout, flags=re.MULTILINE)
     return [shlex.split(line)[1:] for line in found]
 
 
@@ -323,7 +323,7 @@ def test_a_training_has_a_process_for_each_gpu_and_srun_starts_it_on_each_node(
     train = {"train": {"threads": 2} | resources}
     configured(project, {"datasets": {"mine": {"particles": "p.star"}}, "resources": train})
     done = snakemake("-s", SNAKEFILE, "--dry-run", "--printshellcmds", cwd=project)
-    assert re.search(rf"^Shell command: {command}", done.stdout, flags=re.MULTILINE)
+    assert re.search(rf"^Shell command: exec {command}", done.stdout, flags=re.MULTILINE)
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_verbs(project: Path) -> None:
