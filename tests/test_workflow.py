@@ -73,7 +73,8 @@ def commands(*words: object, cwd: Path) -> list[list[str]]:
     """The shell commands that a dry run announces, split into words as a shell would."""
     done = snakemake("--dry-run", "--printshellcmds", *words, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^Shell command: (?:exec )?(cryodrgn-pipeline .*) &> .*$", done.stdout, flags=re.MULTILINE)
+    said = r"^Shell command: (?:exec )?(cryodrgn-pipeline .*) &> .*$"
+    found = re.findall(said, done.stdout, flags=re.MULTILINE)
     return [shlex.split(line)[1:] for line in found]
 
 
