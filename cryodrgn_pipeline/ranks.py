@@ -75,6 +75,16 @@ class Ranks:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
+    def told(self, values: Tensor) -> Tensor:
+        """The tensor of rank 0, where the others have one of the same shape and type."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        values = values.contiguous()
+        dist.broadcast(values, 0)
+        return values
+
 
 ALONE = Ranks()
 

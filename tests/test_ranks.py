@@ -68,12 +68,13 @@ def two_ranks(tiny_set: Path, linear_run: Path, larger: Path, folder: Path) -> l
     return [load_state(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def test_shares_are_gathered_in_order_and_sums_and_maxima_are_those_of_all(two_ranks: list[dict]) -> None:
+def test_shares_are_gathered_sums_and_maxima_are_those_of_all_and_the_first_is_told(two_ranks: list[dict]) -> None:
     first, second = (found["primitives"] for found in two_ranks)
     assert [first["share"].tolist(), second["share"].tolist()] == [[0, 3], [3, 7]]
     for found in (first, second):
         assert found["gathered"].tolist() == [[i, -i] for i in range(7)]
         assert found["sum"] == 21
+        assert found["told"] == 5
         assert found["largest"].tolist() == [1, 0]
 
 
