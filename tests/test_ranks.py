@@ -68,7 +68,9 @@ def two_ranks(tiny_set: Path, linear_run: Path, larger: Path, folder: Path) -> l
     return [load_state(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def test_shares_are_gathered_sums_and_maxima_are_those_of_all_and_the_first_is_told(two_ranks: list[dict]) -> None:
+def test_shares_are_gathered_sums_and_maxima_are_those_of_all_and_the_first_is_told(
+    two_ranks: list[dict],
+) -> None:
     first, second = (found["primitives"] for found in two_ranks)
     assert [first["share"].tolist(), second["share"].tolist()] == [[0, 3], [3, 7]]
     for found in (first, second):
