@@ -91,9 +91,16 @@ def test_a_short_step_counts_with_the_best_of_its_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = iter([measured("import", 10, cpu_s, 1.0) for cpu_s in (3.0, 1.0, 2.0, 50.0)])  # wall: twice that
-    monkeypatch.setattr(scaling, "measure", lambda *_: next(runs))
-    short, long = (scaling.Step(name, (), tmp_path) for name in ("import", "train"))
+    made = tmp_path / "made"
+
+    def make(*_: object) -> scaling.Measured:
+        made.mkdir()  # an error where an earlier run has left it
+        return next(runs)
+
+    monkeypatch.setattr(scaling, "measure", make)
+    short, long = (scaling.Step(name, (), made) for name in ("import", "train"))
     assert scaling.measured_or_read(short, 10, tmp_path, 3).cpu_s == 1
+    made.rmdir()
     assert scaling.measured_or_read(long, 10, tmp_path, 3).cpu_s == 50
     assert not list(runs)
     assert scaling.measured_or_read(short, 10, tmp_path, 3).cpu_s == 1
