@@ -1,6 +1,6 @@
 # make demo    install into .venv, then run the whole workflow on a simulated set with known answers
 # make test    install, then run all tests        (PYTEST_ARGS='-m "not heavy"' leaves out the long ones)
-# make test-cluster  the tests on a real Slurm, which they start: as root, on Debian or Ubuntu (half an hour)
+# make test-cluster  the tests on a real Slurm, which they start: as root, on Debian or Ubuntu (20 minutes)
 # make lint    formatting, typing and the workflow's own checks
 # make bench   score ours and cryoDRGN on sets with known answers (hours; BENCH_ARGS='--sets hinge32 --seeds 0')
 # make config  renew the schema, the template and the table of keys from the models

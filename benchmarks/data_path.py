@@ -159,7 +159,7 @@ def profile(data: TrainingData, order: NDArray[np.int64], batch_size: int) -> st
         "Python, and starting operations": fixed,
     }
     lines = [f"| of a batch of {batch_size} | ms | share |", "|---|---|---|"]
-    whole = sum(rows.values())
+    whole = reading + making
     lines += [f"| {name} | {1e3 * s:.2f} | {100 * s / whole:.0f} % |" for name, s in rows.items()]
     return "\n".join(lines)
 
