@@ -129,11 +129,11 @@ def table(data: TrainingData, batch_size: int, trained: int, cold: bool) -> str:
 def profile(data: TrainingData, order: NDArray[np.int64], batch_size: int) -> str:
     """What a batch takes in one thread: reading, Python, and arithmetic by kind.
 
-    Python's part, with what torch needs to start an operation, is what a batch takes whatever its size: from
-    batches of `batch_size` and of a quarter of it. The profiler divides the rest.
+    Python's part, with what torch needs to start an operation, is at most what a batch of one image takes.
+    The profiler divides the rest.
     """
 
-    def seconds(size: int) -> tuple[float, float]:
+    def seconds(order: NDArray[np.int64], size: int) -> tuple[float, float]:
         """Of a batch of so many: to read it, and to make it of what was read."""
         parts = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
         numbers = [number * size // data.windows.window for number in range(len(parts))]
@@ -144,12 +144,11 @@ def profile(data: TrainingData, order: NDArray[np.int64], batch_size: int) -> st
             data.batch(part, images=pixels)
         return (read - asked) / len(parts), (time.perf_counter() - read) / len(parts)
 
-    seconds(batch_size)  # the first time brings the file into the system's cache
-    reading, making = seconds(batch_size)
-    _, of_small = seconds(batch_size // 4)
-    fixed = max(0.0, (4 * of_small - making) / 3)
+    # the first round may bring the file into the system's cache
+    reading, making = np.min([seconds(order, batch_size) for _ in range(3)], axis=0)
+    fixed = min(making, min(seconds(order[:batch_size], 1)[1] for _ in range(3)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
-        seconds(batch_size)
+        seconds(order, batch_size)
     took = {event.key: event.self_cpu_time_total for event in watched.key_averages()}
     share = sum(us for name, us in took.items() if "fft" in name) / sum(took.values())
     rows = {

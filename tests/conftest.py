@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "cluster" if nodeid.startswith("tests/cluster/") else str(super()._split_scope(nodeid))
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def handlers_return() -> Iterator[None]:
+    """A command line that ran in this process has put its own handlers in, and ended with SIGTERM ignored."""
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

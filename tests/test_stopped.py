@@ -26,7 +26,6 @@ from cryodrgn_pipeline.subspace.journal import Journal
 @pytest.fixture
 def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a command line as its user does, in this process; gives exit code and stderr."""
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["cryodrgn-pipeline", *map(str, words)])
@@ -34,9 +33,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             command_line.main()
         return int(end.value.code or 0), capsys.readouterr().err
 
-    yield run
-    for number, handler in former.items():
-        signal.signal(number, handler)
+    return run
 
 
 def on_call(
@@ -132,6 +129,23 @@ def test_a_stopped_subspace_keeps_a_checkpoint_and_says_so(
     assert list((run / "checkpoints" / "journal").iterdir())
     assert run_verb(*words, "--resume")[0] == 0
     assert json.loads((run / "progress.json").read_text())["state"] == "finished"
+
+
+ENDS_AND_IS_STOPPED = """
+import atexit, os, signal, sys
+from cryodrgn_pipeline.cli import main
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+sys.argv[1:] = ["--version"]
+main()
+"""
+
+
+def test_a_signal_that_comes_when_the_command_has_ended_changes_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_AND_IS_STOPPED], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path, monkeypatch):

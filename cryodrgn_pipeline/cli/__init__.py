@@ -29,7 +29,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
-        app(args=arguments, prog_name="cryodrgn-pipeline")
+        try:
+            app(args=arguments, prog_name="cryodrgn-pipeline")
+        finally:
+            _stop_no_more()
     except Interrupted as stopped:
         if leads():
             print(f"{stopped}: {stopped.saved or STARTS_OVER}", file=sys.stderr)
@@ -51,6 +54,11 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _stop_no_more()
+    raise Interrupted(number)
+
+
+def _stop_no_more() -> None:
+    """The command is ending: what tells it to comes too late, and must not disturb what Python cleans up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends two, Snakemake one after Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
-    raise Interrupted(number)
