@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from cryodrgn_pipeline.errors import CryodrgnPipelineError
 from cryodrgn_pipeline.io import output_lock
 from cryodrgn_pipeline.io.output_lock import held, sole_writer
 from cryodrgn_pipeline.subspace.journal import Journal
+from cryodrgn_pipeline.training import state
 
 
 @pytest.fixture
@@ -100,6 +102,15 @@ def test_stopped_volumes_leave_the_older_ones(trained, tmp_path, run_verb, monke
     assert [path.name for path in tmp_path.iterdir()] == ["volumes"]
 
 
+@contextmanager
+def held_until_slurms_second_signal(*where: Path) -> Iterator[None]:
+    with held(*where):
+        try:
+            yield
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_subspace_keeps_a_checkpoint_and_says_so(
     tiny_set, tmp_path, run_verb, monkeypatch, number, code
@@ -119,6 +130,7 @@ def test_a_stopped_subspace_keeps_a_checkpoint_and_says_so(
     ]
     with monkeypatch.context() as patch:
         on_call(patch, Journal, "_look_up", stopping(number))
+        patch.setattr(state, "held", held_until_slurms_second_signal)
         found, said = run_verb(*words)
     assert found == code, said
     assert "a checkpoint is kept; go on with the same command and --resume" in said
@@ -156,6 +168,17 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path, monkeypatch):
     with (
         held(lock, tmp_path),
         pytest.raises(CryodrgnPipelineError, match=f"{who} holds"),
+        held(lock, tmp_path),
+    ):
+        pass
+
+
+def test_a_lock_that_its_holder_removes_as_it_is_opened_does_not_count(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    on_call(monkeypatch, fcntl, "flock", lock.unlink, at=1)
+    with (
+        held(lock, tmp_path),
+        pytest.raises(CryodrgnPipelineError, match="holds"),
         held(lock, tmp_path),
     ):
         pass

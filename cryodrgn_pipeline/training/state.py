@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cryodrgn_pipeline.errors import InputFormatError
+from cryodrgn_pipeline.errors import InputFormatError, Interrupted
 from cryodrgn_pipeline.io.atomic import write_json
 from cryodrgn_pipeline.io.checkpoints import MODEL_FILE, load_state, save_state
 from cryodrgn_pipeline.io.output_lock import held, remove_leftovers
@@ -137,10 +137,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Listen while the block runs; the former handlers return afterwards."""
+        """Listen while the block runs, and to the program's end when that is stopped."""
         former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
+        except Interrupted:
+            former.clear()  # another signal is not to disturb the ending
+            raise
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
