@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mrcfile
@@ -16,10 +17,11 @@ import pandas as pd
 import pytest
 import torch
 from ranks_program import DECODERS, KINDS, reconstructed, subspace, train
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 from cryodrgn_pipeline.cli import app
-from cryodrgn_pipeline.errors import ConfigError
+from cryodrgn_pipeline.errors import ConfigError, LostRankError
 from cryodrgn_pipeline.io.checkpoints import load_state
 from cryodrgn_pipeline.launch import run_in_processes
 
@@ -196,3 +198,40 @@ def test_several_nodes_need_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
     with pytest.raises(ConfigError, match=r"--nodes 3: .*srun --nodes 3 --ntasks 3 cryodrgn-pipeline train"):
         run_in_processes(2, 3)
+
+
+LOST = LostRankError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [  # exit codes of the ranks, in the order in which they ended
+        ({0: LOST, 1: -9}, 1, "process 2 of 2 on this node was killed by signal 9"),
+        ({1: 3, 0: LOST}, 3, ""),
+        ({1: 3, 0: -15}, 3, ""),
+        ({1: LOST, 0: LOST}, 1, "the processes on another node were lost"),
+    ],
+)
+def test_the_first_process_that_failed_itself_gives_exit_code_and_reason(
+    ended: dict[int, int],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures = {}
+    for when, (rank, exit_code) in enumerate(ended.items()):
+        failures[rank] = ProcessFailure(rank, 1, exit_code, str(tmp_path / "no_error_file"))
+        failures[rank].timestamp = when
+
+    def launch(*_: object) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise ChildFailedError("train", failures)
+
+        return fail
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    assert run_in_processes(2, 1) == code
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
